@@ -1,0 +1,55 @@
+"""Random numbers that depend on who asks, not on who asked before: counter-based, for a whole batch at once.
+
+SplitMix64 (G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) in int64 tensor
+arithmetic, which wraps: the same numbers on CPU and GPU, for any batch size and any number of processes.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_FIRST = _signed(0xBF58476D1CE4E5B9)
+_SECOND = _signed(0x94D049BB133111EB)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & (2 ** (64 - bits) - 1)  # logical, where >> on int64 is arithmetic
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _FIRST
+    x = (x ^ _shift(x, 27)) * _SECOND
+    return x ^ _shift(x, 31)
+
+
+class Draws:
+    """One stream of random numbers for each sample of a batch; each call takes the next of every stream."""
+
+    def __init__(self, keys: Int64[Tensor, " batch"]) -> None:
+        self._keys = keys
+        self._count = 0
+
+    @classmethod
+    def of(cls, *, seed: int, epoch: int, samples: Int64[Tensor, " batch"], view: int) -> "Draws":
+        keys = samples
+        for part in (seed, epoch, view):
+            keys = _mix(keys * _GOLDEN + _signed(part * 0x9E3779B97F4A7C15 % 2**64) + 1)
+        return cls(keys)
+
+    def _bits(self) -> Int64[Tensor, " batch"]:
+        self._count += 1
+        return _mix(self._keys + _signed(self._count * 0x9E3779B97F4A7C15 % 2**64))
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> Float[Tensor, " batch"]:
+        """float32 in [low, high)."""
+        unit = _shift(self._bits(), 40).to(torch.float32) * 2.0**-24
+        return low + (high - low) * unit
+
+    def chance(self, probability: float) -> Bool[Tensor, " batch"]:
+        return self.uniform() < probability

@@ -1,0 +1,29 @@
+"""Any backbone of the timm library, by its name there: resnet50, vit_small_patch16_224, convnext_tiny ..."""
+
+import inspect
+
+from torch import nn
+
+from darkmatter.params import Config as _Config
+from darkmatter.params import ParamsError
+
+
+class Config(_Config):
+    model: str = "resnet18"
+    """timm's name; `python -c "import timm; print(timm.list_models())"` lists them. Always trained from scratch."""
+
+
+def build(config: Config, *, channels: int, image_size: int) -> nn.Module:
+    import timm
+
+    if not timm.is_model(config.model):
+        close = timm.list_models(f"*{config.model.split('_')[0]}*")[:8]
+        hint = f" Near: {', '.join(close)}." if close else ""
+        raise ParamsError(f"backbone.timm.model: timm {timm.__version__} has no model {config.model!r}.{hint}")
+    arguments = {"num_classes": 0, "in_chans": channels}
+    # Transformers build their position embedding for one size; convolutional networks refuse the argument.
+    if "img_size" in inspect.signature(timm.model_entrypoint(config.model)).parameters or config.model.startswith(
+        "vit"
+    ):
+        arguments["img_size"] = image_size
+    return timm.create_model(config.model, pretrained=False, **arguments)

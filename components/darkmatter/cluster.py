@@ -1,0 +1,110 @@
+"""Ray: here, on an existing cluster, or inside a submitted job. The only file that imports it.
+
+Nothing has to be started by hand: without RAY_ADDRESS a cluster of this machine is started for the stage and ended with
+it; with RAY_ADDRESS (which a submitted job has by itself) the stage runs on that cluster.
+"""
+
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from darkmatter.params import Config
+
+
+class PlaceConfig(Config):
+    """The section `place` of params.yaml: where things run. No stage depends on it and it decides no result."""
+
+    workers: int = Field(gt=0)
+    """Processes of distributed training; each holds a copy of the model."""
+    cpus_per_worker: int = Field(gt=0)
+    """CPU cores of each: torch's threads, and the threads that decode."""
+    gpu: bool
+    """Give each worker a GPU."""
+    storage: str
+    """Folder of checkpoints, shared by all nodes. Outside DVC: an interrupted run finds its own by fingerprint."""
+    mlflow: str
+    """Tracking URI of the registry; the environment variable MLFLOW_TRACKING_URI wins over it."""
+    max_restarts: int = Field(ge=0)
+    """How often training restarts from its last checkpoint after a worker died."""
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """Attaches to RAY_ADDRESS, or starts a cluster of this machine and ends it with the block."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=True)
+    else:
+        # Ray listens on ports that any user of the machine reaches. A token of this session keeps them shut, and in the
+        # environment it is not written to ~/.ray/auth_token, which Ray would do by itself, readable by all.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its errors at start-up are about itself; ours are raised
+        # The dashboard process answers Train's cleaner; without it that warns every second (measured with 2.60).
+        ray.init(address="local", include_dashboard=True, logging_level=logging.WARNING, log_to_driver=True)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def map_tasks(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], what: str) -> list[Any]:
+    """`[function(*task) for task in tasks]` on all cores of the cluster, in order, with a progress bar.
+
+    A task whose process dies is run again by Ray; an exception of a task is raised here.
+    """
+    import ray
+    from tqdm import tqdm
+
+    remote = ray.remote(function)
+    pending = [remote.remote(*task) for task in tasks]
+    results = []
+    for reference in tqdm(pending, desc=what, unit="task", mininterval=1.0):
+        results.append(ray.get(reference))
+    return results
+
+
+def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig, *, name: str) -> None:
+    """Runs `function(job, device)` in `place.workers` processes of one process group (NCCL with GPUs, else gloo).
+
+    When a worker dies the group is built again, `place.max_restarts` times, and `function` runs from its start: it must
+    find its last checkpoint by itself.
+
+    Raises:
+        RuntimeError: training ended for good; the message is the worker's.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    def worker(job: dict[str, Any]) -> None:
+        from ray.train.torch import get_device
+
+        function(job, get_device())
+
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config=job,
+        torch_config=TorchConfig(backend="nccl" if place.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=place.workers,
+            use_gpu=place.gpu,
+            resources_per_worker={"CPU": place.cpus_per_worker, **({"GPU": 1} if place.gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(Path(place.storage).resolve() / "ray"),
+            failure_config=FailureConfig(max_failures=place.max_restarts),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    trainer.fit()

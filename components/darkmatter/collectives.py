@@ -1,0 +1,103 @@
+"""Gather and mean over all ranks, with correct gradients. In one process each is the identity.
+
+The contract that makes N ranks equal one: every rank's loss is a share of the global loss, mean over ranks; what it needs
+of other ranks comes through `gather` or `mean`, whose backward passes sum what every rank asks of a value. Averaging the
+parameter gradients over ranks, as DistributedDataParallel does, then gives the gradient of the global loss.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gather(x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "global_batch *rest"]:
+    """Concatenates the ranks' equally large batches in rank order. The gradient of a row is summed over all ranks."""
+    return _Gather.apply(x) if world_size() > 1 else x
+
+
+def mean(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The mean over ranks, with gradient."""
+    return _Sum.apply(x) / world_size() if world_size() > 1 else x
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous().clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.apply(gradient)
+
+
+class global_batch_norm(TorchFunctionMode):  # noqa: N801 (used as a context manager, like torch.no_grad)
+    """Within it every batch norm, whoever wrote the layer, normalises by the statistics of the global batch.
+
+    torch.nn.SyncBatchNorm refuses CPU tensors and replaces layers by type, which misses timm's; this one meets the call
+    that they all make. With one rank it changes nothing.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.batch_norm and world_size() > 1:
+            return _batch_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training:
+        with torch._C.DisableTorchFunction():
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    x = input.to(torch.promote_types(input.dtype, torch.float32))
+    axes = [0, *range(2, x.dim())]
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    centre = mean(x.mean(axes))
+    deviation = x - centre.view(shape)
+    variance = mean(deviation.square().mean(axes))
+    if running_mean is not None and running_var is not None:
+        count = x.numel() // x.shape[1] * world_size()
+        running_mean.lerp_(centre.detach().to(running_mean.dtype), momentum)
+        running_var.lerp_((variance.detach() * count / (count - 1)).to(running_var.dtype), momentum)
+    y = deviation * torch.rsqrt(variance + eps).view(shape)
+    if weight is not None:
+        y = y * weight.view(shape)
+    if bias is not None:
+        y = y + bias.view(shape)
+    return y.to(input.dtype)

@@ -1,0 +1,175 @@
+"""The stage: a model folder and the labelled splits -> scores with intervals, beside what the model must beat."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from tqdm import tqdm
+
+from darkmatter import evaluations, health, images, model, plugin, shards, training_set
+from darkmatter.augmentations import Views
+from darkmatter.evaluations import Score, Subject
+from darkmatter.objectives import Objective
+from darkmatter.params import Config, ParamsError
+
+_BATCH = 256
+Pictures = UInt8[np.ndarray, "batch channels size size"]
+Embed = Callable[[Pictures, Sequence[bytes]], Float[np.ndarray, "batch features"]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+    tree: dict[str, Any]
+    """evaluation -> protocol -> subject -> {mean, ci95}; beside the subjects `advantage` -> subject -> {mean, ci95}, the
+    paired difference of the pretrained network to it."""
+    energies: tuple[Float[np.ndarray, " samples"], Float[np.ndarray, " samples"]]
+    """Of compatible and of incompatible pairs, by the pretrained network."""
+
+
+def plan(section: Mapping[str, Any]) -> tuple[int, list[tuple[str, Any, Config]]]:
+    """The section `evaluate` of params.yaml: the seed, and (name, module, options) of each evaluation it names."""
+    if not isinstance(section.get("seed"), int):
+        raise ParamsError("evaluate.seed must be an integer")
+    chosen = []
+    for name in section:
+        if name != "seed":
+            module = plugin.load("evaluations", name, where="evaluate")
+            chosen.append((name, module, plugin.options(module, section, where="evaluate")))
+    return section["seed"], chosen
+
+
+def evaluate(
+    model_folder: Path,
+    shards_folder: Path,
+    section: Mapping[str, Any],
+    *,
+    champion: Callable[[Sequence[bytes]], Float[np.ndarray, "batch features"]] | None,
+) -> Results:
+    """Scores the model, the same network untrained, raw pixels and, if there is one, the registered champion.
+
+    Args:
+        model_folder: what `pretrain` wrote.
+        shards_folder: what `ingest` wrote; its test split is read here and nowhere else.
+        section: `evaluate` of params.yaml.
+        champion: image files to embeddings.
+    """
+    seed, chosen = plan(section)
+    trained, spec, provenance = model.load(model_folder)
+    untrained = model.build(spec, seed=provenance["seed"])
+    views = training_set.choose_views(spec.views, spec.images.image_size)
+    embedders: dict[str, Embed] = {
+        "pretrained": lambda pictures, _: _embed(trained, pictures),
+        "untrained": lambda pictures, _: _embed(untrained, pictures),
+        "pixels": lambda pictures, _: pictures.reshape(len(pictures), -1).astype(np.float32) / 255,
+    }
+    if champion is not None:
+        embedders["champion"] = lambda _, contents: champion(contents)
+
+    manifest = shards.Manifest.load(shards_folder)
+    bank, bank_labels = _features(shards_folder, manifest, "train", embedders, spec)
+    queries, query_labels = _features(shards_folder, manifest, "test", embedders, spec)
+    energies = _energies(shards_folder, manifest, views, spec, {"pretrained": trained, "untrained": untrained}, seed)
+    subjects = [
+        Subject(
+            name=name,
+            bank=bank[name],
+            bank_labels=bank_labels,
+            queries=queries[name],
+            query_labels=query_labels,
+            compatible=energies[name][0] if name in energies else None,
+            incompatible=energies[name][1] if name in energies else None,
+        )
+        for name in embedders
+    ]
+    tree: dict[str, Any] = {"test_samples": len(query_labels), "labelled": int((query_labels >= 0).sum())}
+    for name, module, options in chosen:
+        tree[name] = _tabulate({one.name: list(module.scores(options, one, seed=seed)) for one in subjects})
+    return Results(tree=tree, energies=energies["pretrained"])
+
+
+def _tabulate(scores: Mapping[str, Sequence[Score]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for subject, ours in scores.items():
+        for score in ours:
+            row = table.setdefault(score.name, {})
+            row[subject] = {"mean": round(score.mean, 6), "ci95": None if score.ci95 is None else round(score.ci95, 6)}
+    reference = {score.name: score.draws for score in scores["pretrained"]}
+    for subject, theirs in scores.items():
+        for score in theirs:
+            ours = reference.get(score.name)
+            if subject != "pretrained" and ours is not None and score.draws is not None:
+                difference = evaluations.of_draws(score.name, ours - score.draws)
+                entry = {"mean": round(difference.mean, 6), "ci95": round(difference.ci95 or 0.0, 6)}
+                table[score.name].setdefault("advantage", {})[subject] = entry
+    return table
+
+
+def _embed(objective: Objective, pictures: Pictures) -> Float[np.ndarray, "batch features"]:
+    return health.embeddings(objective, torch.from_numpy(pictures).float() / 255).numpy()
+
+
+def _features(
+    folder: Path, manifest: shards.Manifest, split: shards.Split, embedders: Mapping[str, Embed], spec: model.ModelSpec
+) -> tuple[dict[str, Float[np.ndarray, "samples features"]], Int64[np.ndarray, " samples"]]:
+    """Features of every subject, decoded once; labels with -1 where there is none."""
+    parts: dict[str, list[Any]] = {name: [] for name in embedders}
+    with shards.Reader(folder, manifest, split) as reader:
+        if not len(reader):
+            raise ValueError(f"the {split} split is empty; raise ingest.{split}_fraction or give more data")
+        for contents in tqdm(list(_batches(reader)), desc=f"embedding {split}", unit="batch", mininterval=1.0):
+            pictures = np.stack(
+                [
+                    images.fit(images.decode(one), size=spec.images.image_size, channels=spec.images.channels)
+                    for one in contents
+                ]
+            )
+            for name, embed in embedders.items():
+                parts[name].append(embed(pictures, contents))
+        labels = np.array([-1 if label is None else label for label in reader.labels], np.int64)
+    return {name: np.concatenate(some) for name, some in parts.items()}, labels
+
+
+def _energies(
+    folder: Path,
+    manifest: shards.Manifest,
+    views: Views,
+    spec: model.ModelSpec,
+    objectives: Mapping[str, Objective],
+    seed: int,
+) -> dict[str, tuple[Float[np.ndarray, " samples"], Float[np.ndarray, " samples"]]]:
+    """Of each test sample: the energy of two of its views, and of one of them with a view of the next sample."""
+    parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in objectives}
+    load = training_set.batch_loader(spec.images)
+    settings = spec.images
+    with shards.Reader(folder, manifest, "test") as reader:
+        done = 0
+        for contents in _batches(reader):
+            prepared = [
+                images.encode(
+                    images.decode(one), max_side=settings.max_side, channels=settings.channels, encoding="png"
+                )
+                for one in contents
+            ]
+            batch = load(prepared, np.arange(done, done + len(prepared)))
+            done += len(prepared)
+            first, second, *_ = views(batch, seed=seed, epoch=0)
+            for name, objective in objectives.items():
+                compatible, incompatible = health.pair_energies(objective, first, second)
+                parts[name].append((compatible.float().numpy(), incompatible.float().numpy()))
+    return {
+        name: (np.concatenate([one for one, _ in some]), np.concatenate([two for _, two in some]))
+        for name, some in parts.items()
+    }
+
+
+def _batches(reader: shards.Reader) -> Iterator[list[bytes]]:
+    """Never a batch of one: a pair needs a second sample."""
+    starts = list(range(0, len(reader), _BATCH))
+    if len(starts) > 1 and len(reader) - starts[-1] == 1:
+        starts.pop()
+    for start, stop in zip(starts, [*starts[1:], len(reader)], strict=True):
+        yield [reader.read(index) for index in range(start, stop)]

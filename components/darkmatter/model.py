@@ -1,0 +1,88 @@
+"""A model as a folder: what it is (config.json) and what it learned (safetensors). No pickle anywhere.
+
+config.json             names and options of backbone and objective, what the images are, where it came from
+backbone.safetensors    what downstream teams use
+objective.safetensors   the rest of the objective: with it the model can be asked for the energy of a pair
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from darkmatter import files, plugin
+from darkmatter.backbones import Backbone
+from darkmatter.objectives import Objective
+from darkmatter.params import Config
+from darkmatter.training_set import ImageSpec
+
+_FORMAT = 1
+_PREFIX = "backbone."
+
+
+class ModelSpec(Config):
+    """All that is needed to build the objective, untrained."""
+
+    backbone: dict[str, Any]
+    """The section `backbone` of params.yaml."""
+    objective: dict[str, Any]
+    """The section `objective`."""
+    views: dict[str, Any]
+    """The section `augment.views`: what a compatible pair is."""
+    images: ImageSpec
+
+
+def build(spec: ModelSpec, *, seed: int) -> Objective:
+    """The objective with fresh weights, the same for equal seeds. Leaves torch's own generator as it was."""
+    backbone_module, backbone_options = plugin.choose("backbones", spec.backbone, where="backbone")
+    objective_module, objective_options = plugin.choose("objectives", spec.objective, where="objective")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = backbone_module.build(
+            backbone_options, channels=spec.images.channels, image_size=spec.images.image_size
+        )
+        backbone = Backbone(network, mean=spec.images.mean, std=spec.images.std)
+        return objective_module.build(objective_options, backbone)
+
+
+def save(folder: Path, objective: Objective, spec: ModelSpec, provenance: dict[str, Any]) -> None:
+    """Writes the folder whole or not at all."""
+    state = {name: value.detach().cpu().contiguous() for name, value in objective.state_dict().items()}
+    backbone, rest = _divide(state)
+    with files.whole_folder(folder) as temporary:
+        save_file(backbone, temporary / "backbone.safetensors")
+        save_file(rest, temporary / "objective.safetensors")
+        tree = {
+            "format": _FORMAT,
+            **spec.model_dump(),
+            "num_features": objective.backbone.num_features,
+            "provenance": provenance,
+        }
+        files.write_json(temporary / "config.json", tree)
+
+
+def load(folder: Path) -> tuple[Objective, ModelSpec, dict[str, Any]]:
+    """The trained objective in eval mode, its spec, its provenance.
+
+    Raises:
+        ValueError: another format, or weights that do not fit the config.
+    """
+    tree = json.loads((folder / "config.json").read_text())
+    if tree["format"] != _FORMAT:
+        raise ValueError(f"{folder}/config.json has format {tree['format']}; this version reads {_FORMAT}")
+    spec = ModelSpec(**{name: tree[name] for name in ModelSpec.model_fields})
+    objective = build(spec, seed=0)
+    backbone = {_PREFIX + name: value for name, value in load_file(folder / "backbone.safetensors").items()}
+    try:
+        objective.load_state_dict(backbone | load_file(folder / "objective.safetensors"))
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {error}") from error
+    return objective.eval(), spec, tree["provenance"]
+
+
+def _divide(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    backbone = {name[len(_PREFIX) :]: value for name, value in state.items() if name.startswith(_PREFIX)}
+    return backbone, {name: value for name, value in state.items() if not name.startswith(_PREFIX)}

@@ -1,0 +1,87 @@
+"""params.yaml -> frozen, typed configs. A key that nothing knows is an error that lists what is known.
+
+Beside each component stands its Config (a subclass of `Config` below); this module only reads the file and turns one
+section into one Config, so that a stage knows, and depends on, its own sections alone.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+#: Every top-level section of params.yaml, in the order of the pipeline.
+SECTIONS = ("source", "ingest", "augment", "objective", "backbone", "pretrain", "evaluate", "register", "place")
+
+
+class ParamsError(ValueError):
+    """What was asked for in params.yaml cannot be done; the message names the key and what is allowed."""
+
+
+class Config(pydantic.BaseModel):
+    """Base of all configs: frozen, keyword-only, unknown keys refused, no silent conversion of types."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+ConfigType = TypeVar("ConfigType", bound=Config)
+
+
+def read(path: str | Path = "params.yaml") -> dict[str, dict[str, Any]]:
+    """Reads the file and checks the names of its sections.
+
+    Raises:
+        ParamsError: no such file, not YAML, an unknown section, a missing section, or a section that is no mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ParamsError(f"{path} does not exist; run from the folder that holds it")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ParamsError(f"{path} must hold the sections {', '.join(SECTIONS)}")
+    for name in tree:
+        if name not in SECTIONS:
+            raise ParamsError(_unknown(f"{path}: section", str(name), SECTIONS))
+    for name in SECTIONS:
+        if not isinstance(tree.get(name), dict):
+            raise ParamsError(f"{path}: section {name!r} is missing or is not a mapping")
+    return tree
+
+
+def parse(config_type: type[ConfigType], values: Mapping[str, Any], *, where: str) -> ConfigType:
+    """Turns `values` into a `config_type`; `where` is their dotted place in params.yaml.
+
+    Raises:
+        ParamsError: naming every wrong key, what was given and what is allowed.
+    """
+    try:
+        return config_type.model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        raise ParamsError("\n".join(_explain(problem, config_type, where) for problem in error.errors())) from None
+
+
+def _explain(problem: Any, config_type: type[Config], where: str) -> str:
+    *parents, key = problem["loc"] or ("",)
+    place = ".".join(str(part) for part in (where, *parents))
+    if problem["type"] == "extra_forbidden":
+        return _unknown(f"{place}: key", str(key), _keys(config_type, parents))
+    if problem["type"] == "missing":
+        return f"{place}.{key} is missing"
+    return f"{place}.{key}: {problem['msg']} (given: {problem['input']!r})"
+
+
+def _keys(config_type: type[Config], parents: list[Any]) -> tuple[str, ...]:
+    for parent in parents:
+        config_type = config_type.model_fields[parent].annotation  # type: ignore[assignment]
+    return tuple(config_type.model_fields)
+
+
+def _unknown(what: str, name: str, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{what} {name!r} is unknown.{hint} Known: {', '.join(known) or 'none'}."

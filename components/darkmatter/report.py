@@ -1,0 +1,119 @@
+"""What people read after a run: report.html, and the few lines on the terminal."""
+
+import base64
+import csv
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from darkmatter import lineage
+
+#: The stages whose metrics the page shows.
+SOURCES = ("ingest", "augment", "pretrain", "evaluate")
+_SUBJECTS = ("pretrained", "champion", "pixels", "untrained")
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """Rows of the training's CSV; a number that a row does not have is left out of it."""
+    with path.open(newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Page:
+    """All that report.html and the terminal say."""
+
+    metrics: Mapping[str, Any]  # by stage
+    decision: Mapping[str, Any]  # what register returned
+    params: Mapping[str, Any]
+    plots: Path
+    model: Path
+
+    def html(self) -> str:
+        """One self-contained page: pictures are inside it, nothing is fetched."""
+        pictures = {path.stem: _inline(path) for path in sorted(self.plots.glob("*.png"))}
+        template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+            Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+        )
+        return template.render(
+            verdict=self.verdict(),
+            table=self.table(),
+            decision=self.decision,
+            pictures=pictures,
+            metrics=self.metrics,
+            params=self.params,
+            commit=lineage.git_commit(),
+            usage=self.usage(),
+        )
+
+    def verdict(self) -> str:
+        """The outcome in a sentence."""
+        version, aliases = self.decision["version"], self.decision["alias"]
+        broken = [name for name, rule in self.decision["rules"].items() if not rule["passed"]]
+        name = self.params["register"]["model"]
+        if version is None:
+            return f"Refused: the model is not {' and not '.join(broken)}. Nothing was registered."
+        how = "registered" if self.decision["new"] else "was registered before"
+        if "champion" in aliases:
+            return f"{name} version {version} {how} and is the champion."
+        reason = self.decision["rules"]["beats the champion"]["reason"]
+        return f"{name} version {version} {how} as candidate; it does not replace the champion: {reason}."
+
+    def table(self) -> list[tuple[str, dict[str, str]]]:
+        """(protocol, subject -> text), for every evaluation."""
+        rows: list[tuple[str, dict[str, str]]] = []
+        scores = self.metrics["evaluate"]
+        for evaluation, protocols in scores.items():
+            if not isinstance(protocols, dict):
+                continue
+            for protocol, row in protocols.items():
+                percent = evaluation in ("few_shot", "knn")
+                label = protocol if evaluation == "few_shot" else f"{evaluation.replace('_', ' ')} ({protocol})"
+                rows.append((label, {name: _cell(row[name], percent) for name in _SUBJECTS if name in row}))
+        return rows
+
+    def usage(self) -> dict[str, str]:
+        """Commands that go on from here."""
+        name, place = self.params["register"]["model"], self.params["place"]
+        return {
+            "look": f".venv/bin/mlflow ui --backend-store-uri {place['mlflow']}",
+            "load": f'mlflow.pyfunc.load_model("models:/{name}@champion")',
+            "reproduce": "dvc repro",
+        }
+
+    def text(self) -> str:
+        """For the terminal."""
+        subjects = [name for name in _SUBJECTS if any(name in row for _, row in self.table())]
+        width = max(len(label) for label, _ in self.table()) + 2
+        lines = ["", " " * width + "".join(f"{name:>17}" for name in subjects)]
+        lines += [
+            label.ljust(width) + "".join(f"{row.get(n, ''):>17}" for n in subjects) for label, row in self.table()
+        ]
+        lines += ["", "gate"]
+        for name, rule in self.decision["rules"].items():
+            lines.append(f"  {'pass' if rule['passed'] else 'FAIL'}  {name}: {rule['reason']}")
+        usage = self.usage()
+        lines += [
+            "",
+            self.verdict(),
+            "",
+            "report  report.html",
+            f"MLflow  {usage['look']}",
+            f"load    {usage['load']}",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def _cell(score: Mapping[str, Any], percent: bool) -> str:
+    mean, half = score["mean"], score["ci95"]
+    if percent:
+        return f"{100 * mean:.1f} ± {100 * half:.1f} %"
+    return f"{mean:.1f}" if half is None else f"{mean:.4f} ± {half:.4f}"
+
+
+def _inline(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

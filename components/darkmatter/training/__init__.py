@@ -1,0 +1,26 @@
+"""Pretraining: one plain loop, and what it needs to be killed at any moment and go on."""
+
+from pydantic import Field
+
+from darkmatter.params import Config
+
+
+class PretrainConfig(Config):
+    """The section `pretrain` of params.yaml."""
+
+    seed: int = Field(ge=0)
+    """Of the weights, the order of samples and the views."""
+    epochs: int = Field(gt=0)
+    batch_size: int = Field(gt=1)
+    """Of the global batch, shared by all workers."""
+    learning_rate: float = Field(gt=0)
+    """The highest; reached after the warm-up, it falls to 0 along a cosine."""
+    warmup_epochs: int = Field(ge=0)
+    weight_decay: float = Field(ge=0)
+    """On weights only, not on biases and norms."""
+    log_every: int = Field(gt=0)
+    """Steps between two rows of the history."""
+    save_every: int = Field(gt=0)
+    """Steps between two checkpoints; a kill costs at most this much."""
+    health_every: int = Field(gt=0)
+    """Steps between two looks at the energy margin on held-out data."""

@@ -1,0 +1,147 @@
+"""The training loop. There is one."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from darkmatter import collectives, health
+from darkmatter.augmentations import ImageBatch, Views
+from darkmatter.objectives import Objective
+from darkmatter.stream import Stream
+from darkmatter.training import PretrainConfig, checkpoint
+from darkmatter.training.optimizers import adamw, set_learning_rate
+from darkmatter.training.rates import learning_rate
+
+
+@dataclasses.dataclass
+class TrainState:
+    """All that a resume needs. The position in the data and every random number follow from the step."""
+
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def fit(
+    objective: Objective,
+    stream: Stream[ImageBatch],
+    views: Views,
+    held_out: ImageBatch,
+    config: PretrainConfig,
+    *,
+    folder: Path,
+    device: torch.device,
+) -> TrainState:
+    """Trains to the end, from the newest checkpoint in `folder` if there is one. Every rank calls it.
+
+    Args:
+        objective: fresh; its weights are overwritten when there is a checkpoint.
+        stream: this rank's share of every batch.
+        views: the policy.
+        held_out: samples for the health, not trained on.
+        config: rates and intervals.
+        folder: of checkpoints and history, the same for all ranks.
+        device: to train on.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the last checkpoint is from before.
+    """
+    total = config.epochs * stream.steps_per_epoch
+    warmup = config.warmup_epochs * stream.steps_per_epoch
+    objective = objective.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    state = TrainState(objective, adamw(objective, weight_decay=config.weight_decay))
+    if (saved := checkpoint.load_newest(folder)) is not None:
+        state.load_state_dict(saved)
+    model = distributed(objective, device)
+    first, second, *_ = views(held_out.to(device), seed=config.seed, epoch=-1)
+    history = checkpoint.History(folder, step=state.step) if collectives.rank() == 0 else None
+    meter = _Meter(config.batch_size, state.step)
+
+    for batch in stream.batches(state.step, total):
+        set_learning_rate(
+            state.optimizer, learning_rate(state.step, peak=config.learning_rate, warmup=warmup, total=total)
+        )
+        torch.manual_seed(config.seed + state.step)  # what an objective draws is a function of the step as well
+        images = views(batch.loaded.to(device), seed=config.seed, epoch=batch.epoch)
+        with autocast(device), collectives.global_batch_norm():
+            terms = model(images)
+        terms["loss"].backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        objective.after_step(state.step / total)
+        state.step += 1
+
+        row: dict[str, float] = {}
+        if state.step % config.log_every == 0 or state.step == total:
+            row |= {name: float(collectives.mean(value.detach())) for name, value in terms.items()}
+            if not all(map(_is_finite, row.values())):
+                raise FloatingPointError(f"the loss is not finite at step {state.step}: {row}; lower the learning rate")
+        if state.step % config.health_every == 0 or state.step == total:
+            row |= look(objective, first, second, device)
+        if row and history:
+            row |= {"learning_rate": state.optimizer.param_groups[0]["lr"], "epoch": batch.epoch}
+            history.append({"step": state.step, **row, **meter.read(state.step)})
+        if history and (state.step % config.save_every == 0 or state.step == total):
+            checkpoint.save(folder, state.step, state.state_dict())
+    return state
+
+
+def distributed(objective: Objective, device: torch.device) -> Callable[[Any], Any] | nn.Module:
+    """The objective as it is, or wrapped so that gradients are averaged over the ranks."""
+    if collectives.world_size() == 1:
+        return objective
+    # Buffers are not broadcast: they are equal on all ranks already, since batch norms use global statistics.
+    devices = [device.index or 0] if device.type == "cuda" else None
+    return DistributedDataParallel(objective, device_ids=devices, broadcast_buffers=False)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 where the device computes in it; CPUs mostly emulate it, slower than float32."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+
+
+def look(objective: Objective, first: torch.Tensor, second: torch.Tensor, device: torch.device) -> dict[str, float]:
+    """The health of the moment: energy margin and RankMe on held-out views."""
+    with autocast(device):
+        compatible, incompatible = health.pair_energies(objective, first, second)
+        embeddings = health.embeddings(objective, first)
+    return {
+        "energy_margin": health.auroc(compatible.float(), incompatible.float()),
+        "rankme": health.rankme(embeddings),
+    }
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0
+
+
+class _Meter:
+    """Images per second since the last reading, health and checkpoints included."""
+
+    def __init__(self, batch_size: int, step: int) -> None:
+        self._batch_size, self._step, self._time = batch_size, step, time.monotonic()
+
+    def read(self, step: int) -> dict[str, float]:
+        now = time.monotonic()
+        rate = (step - self._step) * self._batch_size / max(now - self._time, 1e-9)
+        self._step, self._time = step, now
+        return {"images_per_second": round(rate, 1)}

@@ -1,0 +1,185 @@
+"""The stage: a training set -> a model folder, through N workers that may die."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from darkmatter import cluster, collectives, files, lineage, model, plugin, shards, training_set
+from darkmatter.stream import Stream
+from darkmatter.training import PretrainConfig, checkpoint, loop
+
+_HELD_OUT = 512  # samples behind each energy margin: its standard error is about 0.01 at 0.95
+
+
+def pretrain(
+    train_folder: Path,
+    spec: model.ModelSpec,
+    config: PretrainConfig,
+    place: cluster.PlaceConfig,
+    *,
+    out: Path,
+    history: Path,
+) -> dict[str, Any]:
+    """Trains, or goes on training, and writes the model folder `out`.
+
+    The run is named by a fingerprint of code, params and data; under that name its checkpoints lie in `place.storage`,
+    and an interrupted run goes on from them.
+
+    Args:
+        train_folder: what `augment` wrote.
+        spec: of the model.
+        config: the section `pretrain`.
+        place: where to train.
+        out: of the export.
+        history: CSV to write, a row for every look at the run.
+
+    Returns:
+        Summary: steps, images, images_per_second, final terms, energy_margin, rankme, fingerprint.
+    """
+    manifest = shards.Manifest.load(train_folder)
+    manifest.verify(train_folder)
+    steps = config.epochs * (manifest.samples("train") // config.batch_size)
+    fingerprint = run_fingerprint(manifest, spec, config)
+    folder = Path(place.storage).resolve() / f"pretrain-{fingerprint}"
+    folder.mkdir(parents=True, exist_ok=True)
+    objective = model.build(spec, seed=config.seed)  # a wrong option fails here, before any process is started
+    print(_announce(objective, manifest, config, place, fingerprint, steps))
+
+    job = {
+        "train_folder": str(train_folder.resolve()),
+        "spec": spec.model_dump(),
+        "config": config.model_dump(),
+        "folder": str(folder),
+        "threads": place.cpus_per_worker,
+    }
+    with _progress(folder, steps):
+        cluster.train(work, job, place, name=folder.name)
+
+    saved = checkpoint.load_newest(folder)
+    if saved is None or saved["step"] != steps:
+        raise RuntimeError(f"training ended without its last checkpoint in {folder}")
+    objective.load_state_dict(saved["objective"])
+    rows = checkpoint.read_history(folder)
+    model.save(out, objective, spec, _provenance(fingerprint, manifest, config, steps))
+    _write_history(rows, history)
+    return _summary(rows, steps, config, fingerprint)
+
+
+def work(job: dict[str, Any], device: torch.device) -> None:
+    """What each worker runs: builds everything from plain values and trains."""
+    config = PretrainConfig(**job["config"])
+    spec = model.ModelSpec(**job["spec"])
+    train_folder = Path(job["train_folder"])
+    views = training_set.choose_views(spec.views, spec.images.image_size)
+    load = training_set.batch_loader(spec.images)
+    contents = training_set.held_out(train_folder, _HELD_OUT)
+    with shards.Reader(train_folder, shards.Manifest.load(train_folder), "train") as reader:
+        stream = Stream(
+            reader,
+            load,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rank=collectives.rank(),
+            world_size=collectives.world_size(),
+            threads=job["threads"],
+        )
+        loop.fit(
+            model.build(spec, seed=config.seed),
+            stream,
+            views,
+            load(contents, np.arange(len(contents))),
+            config,
+            folder=Path(job["folder"]),
+            device=device,
+        )
+
+
+def run_fingerprint(manifest: shards.Manifest, spec: model.ModelSpec, config: PretrainConfig) -> str:
+    """Names a run: equal for equal code, params and data."""
+    package = Path(model.__file__).parent
+    plugins = [("augmentations", spec.views), ("backbones", spec.backbone), ("objectives", spec.objective)]
+    code = [Path(__file__), *(package / folder / f"{section['name']}.py" for folder, section in plugins)]
+    options = [plugin.choose(folder, section, where=folder)[1].model_dump() for folder, section in plugins]
+    return lineage.fingerprint(
+        lineage.code_digest(code), manifest.digest, spec.images.model_dump(), options, config.model_dump()
+    )
+
+
+def _announce(objective: Any, manifest: shards.Manifest, config: Any, place: Any, fingerprint: str, steps: int) -> str:
+    millions = sum(parameter.numel() for parameter in objective.parameters()) / 1e6
+    return (
+        f"pretrain {fingerprint}: {type(objective).__name__}, {millions:.1f} M parameters, "
+        f"{manifest.samples('train')} images, {config.epochs} epochs of batch {config.batch_size} = {steps} steps, "
+        f"{place.workers} worker(s) x {place.cpus_per_worker} CPU{' + 1 GPU' if place.gpu else ''}"
+    )
+
+
+@contextlib.contextmanager
+def _progress(folder: Path, steps: int) -> Iterator[None]:
+    """Prints a line every few seconds while the block runs, from the history that rank 0 writes."""
+    done = threading.Event()
+    thread = threading.Thread(target=_print_progress, args=(folder, steps, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _print_progress(folder: Path, steps: int, done: threading.Event) -> None:
+    started, first_step, last_step = time.monotonic(), None, -1
+    while not done.wait(5.0):
+        rows = checkpoint.read_history(folder)
+        if not rows or rows[-1]["step"] == last_step:
+            continue
+        if first_step is None:  # of this run: what was trained before a kill says nothing about the speed now
+            started, first_step = time.monotonic(), rows[-1]["step"]
+        last_step = rows[-1]["step"]
+        margin, loss = (_last(rows, name) for name in ("energy_margin", "loss"))
+        pace = (time.monotonic() - started) / max(1, last_step - first_step)
+        left = time.strftime("%H:%M:%S", time.gmtime(pace * (steps - last_step))) if last_step > first_step else "?"
+        print(
+            f"step {last_step:>6.0f}/{steps}  loss {loss}  energy margin {margin}  "
+            f"{rows[-1]['images_per_second']:>8,.0f} images/s  {left} left",
+            flush=True,
+        )
+
+
+def _last(rows: list[dict[str, float]], name: str) -> str:
+    return next((f"{row[name]:.4f}" for row in reversed(rows) if name in row), "   -  ")
+
+
+def _write_history(rows: list[dict[str, float]], path: Path) -> None:
+    """CSV for `dvc plots`: a column for every number that any row has."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [",".join(columns), *(",".join(str(row.get(name, "")) for name in columns) for row in rows)]
+    files.write(path, "\n".join(lines) + "\n")
+
+
+def _summary(rows: list[dict[str, float]], steps: int, config: PretrainConfig, fingerprint: str) -> dict[str, Any]:
+    speeds = [row["images_per_second"] for row in rows]
+    return {
+        "fingerprint": fingerprint,
+        "steps": steps,
+        "images": steps * config.batch_size,
+        "images_per_second": float(np.median(speeds)),
+        **{name: value for name, value in rows[-1].items() if name not in ("step", "images_per_second", "epoch")},
+    }
+
+
+def _provenance(fingerprint: str, manifest: shards.Manifest, config: PretrainConfig, steps: int) -> dict[str, Any]:
+    return {
+        "fingerprint": fingerprint,
+        "training_data": manifest.digest,
+        "training_samples": manifest.samples("train"),
+        "seed": config.seed,
+        "steps": steps,
+        "versions": lineage.versions(),
+    }

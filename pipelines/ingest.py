@@ -1,0 +1,18 @@
+"""ingest: a source -> data/shards (labelled WebDataset tars, manifest, rejects) and metrics/ingest.json."""
+
+from pathlib import Path
+
+from darkmatter import cluster, console, files, ingest, params, sources
+
+
+def main() -> None:
+    tree = params.read()
+    source = params.parse(sources.SourceConfig, tree["source"], where="source")
+    config = params.parse(ingest.IngestConfig, tree["ingest"], where="ingest")
+    with cluster.session():
+        counts = ingest.ingest(sources.open_source(source), config, labels=source.labels, out=Path("data/shards"))
+    files.write_json("metrics/ingest.json", counts)
+
+
+if __name__ == "__main__":
+    console.run(main)
