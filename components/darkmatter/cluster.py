@@ -49,7 +49,9 @@ def session() -> Iterator[None]:
         # environment it is not written to ~/.ray/auth_token, which Ray would do by itself, readable by all.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its errors at start-up are about itself; ours are raised
+        os.environ.setdefault(
+            "RAY_BACKEND_LOG_LEVEL", "fatal"
+        )  # its errors at start-up are about itself; ours are raised
         # The dashboard process answers Train's cleaner; without it that warns every second (measured with 2.60).
         ray.init(address="local", include_dashboard=True, logging_level=logging.WARNING, log_to_driver=True)
     try:

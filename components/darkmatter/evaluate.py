@@ -1,7 +1,8 @@
 """The stage: a model folder and the labelled splits -> scores with intervals, beside what the model must beat."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from darkmatter.augmentations import Views
 from darkmatter.evaluations import Score, Subject
 from darkmatter.objectives import Objective
 from darkmatter.params import Config, ParamsError
+from darkmatter.stream import permutation
 
 _BATCH = 256
 Pictures = UInt8[np.ndarray, "batch channels size size"]
@@ -100,9 +102,9 @@ def _tabulate(scores: Mapping[str, Sequence[Score]]) -> dict[str, Any]:
     reference = {score.name: score.draws for score in scores["pretrained"]}
     for subject, theirs in scores.items():
         for score in theirs:
-            ours = reference.get(score.name)
-            if subject != "pretrained" and ours is not None and score.draws is not None:
-                difference = evaluations.of_draws(score.name, ours - score.draws)
+            draws = reference.get(score.name)
+            if subject != "pretrained" and draws is not None and score.draws is not None:
+                difference = evaluations.of_draws(score.name, draws - score.draws)
                 entry = {"mean": round(difference.mean, 6), "ci95": round(difference.ci95 or 0.0, 6)}
                 table[score.name].setdefault("advantage", {})[subject] = entry
     return table
@@ -120,7 +122,8 @@ def _features(
     with shards.Reader(folder, manifest, split) as reader:
         if not len(reader):
             raise ValueError(f"the {split} split is empty; raise ingest.{split}_fraction or give more data")
-        for contents in tqdm(list(_batches(reader)), desc=f"embedding {split}", unit="batch", mininterval=1.0):
+        for chosen in tqdm(_batches(np.arange(len(reader))), desc=f"embedding {split}", unit="batch", mininterval=1.0):
+            contents = [reader.read(index) for index in chosen.tolist()]
             pictures = np.stack(
                 [
                     images.fit(images.decode(one), size=spec.images.image_size, channels=spec.images.channels)
@@ -141,21 +144,20 @@ def _energies(
     objectives: Mapping[str, Objective],
     seed: int,
 ) -> dict[str, tuple[Float[np.ndarray, " samples"], Float[np.ndarray, " samples"]]]:
-    """Of each test sample: the energy of two of its views, and of one of them with a view of the next sample."""
+    """Of each test sample: the energy of two of its views, and of one of them with a view of another sample."""
     parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in objectives}
     load = training_set.batch_loader(spec.images)
     settings = spec.images
     with shards.Reader(folder, manifest, "test") as reader:
-        done = 0
-        for contents in _batches(reader):
+        order = permutation(seed, 0, len(reader))  # shuffled: neighbours in a source sorted by class are alike
+        for chosen in _batches(order):
             prepared = [
                 images.encode(
                     images.decode(one), max_side=settings.max_side, channels=settings.channels, encoding="png"
                 )
-                for one in contents
+                for one in map(reader.read, chosen.tolist())
             ]
-            batch = load(prepared, np.arange(done, done + len(prepared)))
-            done += len(prepared)
+            batch = load(prepared, chosen)
             first, second, *_ = views(batch, seed=seed, epoch=0)
             for name, objective in objectives.items():
                 compatible, incompatible = health.pair_energies(objective, first, second)
@@ -166,10 +168,6 @@ def _energies(
     }
 
 
-def _batches(reader: shards.Reader) -> Iterator[list[bytes]]:
-    """Never a batch of one: a pair needs a second sample."""
-    starts = list(range(0, len(reader), _BATCH))
-    if len(starts) > 1 and len(reader) - starts[-1] == 1:
-        starts.pop()
-    for start, stop in zip(starts, [*starts[1:], len(reader)], strict=True):
-        yield [reader.read(index) for index in range(start, stop)]
+def _batches(indices: Int64[np.ndarray, " samples"]) -> list[Int64[np.ndarray, " batch"]]:
+    """Never a batch of one, unless there is one in all: a pair needs a second sample."""
+    return np.array_split(indices, math.ceil(len(indices) / _BATCH))

@@ -28,6 +28,7 @@ class IngestConfig(Config):
     """The section `ingest` of params.yaml."""
 
     samples_per_shard: int = Field(gt=0)
+    """At most so many samples in one tar."""
     val_fraction: float = Field(ge=0, lt=1)
     """Share of the samples for validation: the health of a run and all choices are made on it."""
     test_fraction: float = Field(ge=0, lt=1)

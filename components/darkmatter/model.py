@@ -33,6 +33,7 @@ class ModelSpec(Config):
     views: dict[str, Any]
     """The section `augment.views`: what a compatible pair is."""
     images: ImageSpec
+    """Size, channels and statistics."""
 
 
 def build(spec: ModelSpec, *, seed: int) -> Objective:

@@ -12,16 +12,6 @@ from darkmatter.sources import SourceConfig
 from darkmatter.training import PretrainConfig
 from darkmatter.training_set import AugmentConfig, ImageSpec
 
-#: Sections whose keys are fixed; those of the others are names of plugins.
-TYPED = {
-    "source": SourceConfig,
-    "ingest": IngestConfig,
-    "augment": AugmentConfig,
-    "pretrain": PretrainConfig,
-    "register": RegisterConfig,
-    "place": PlaceConfig,
-}
-
 
 def check(tree: Mapping[str, Mapping[str, Any]]) -> None:
     """Builds everything that can be built without data.
@@ -29,11 +19,15 @@ def check(tree: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         ParamsError: an unknown key, a wrong value, an unknown name, or values that do not go together.
     """
-    parsed = {name: parse(config_type, tree[name], where=name) for name, config_type in TYPED.items()}
-    sources.open_source(parsed["source"])  # type: ignore[arg-type]
-    if parsed["ingest"].val_fraction + parsed["ingest"].test_fraction >= 1:
+    source = parse(SourceConfig, tree["source"], where="source")
+    ingest = parse(IngestConfig, tree["ingest"], where="ingest")
+    augment = parse(AugmentConfig, tree["augment"], where="augment")
+    parse(PretrainConfig, tree["pretrain"], where="pretrain")
+    parse(RegisterConfig, tree["register"], where="register")
+    parse(PlaceConfig, tree["place"], where="place")
+    sources.open_source(source)
+    if ingest.val_fraction + ingest.test_fraction >= 1:
         raise ParamsError("ingest.val_fraction and ingest.test_fraction leave nothing to train on")
-    augment = parsed["augment"]
     sections = {
         "augmentations": ("augment.views", augment.views),
         "objectives": ("objective", tree["objective"]),

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from pydantic import Field
 from darkmatter import cluster, files, images, plugin, shards
 from darkmatter.augmentations import Views, collate
 from darkmatter.params import Config
+from darkmatter.stream import permutation
 
 _HELD_OUT: tuple[shards.Split, ...] = ("train", "val")  # the test split is no part of it: only evaluate reads that
 
@@ -36,11 +36,15 @@ class ImageSpec(Config):
     """What training and inference must know of the images. Stands in the training set and in every exported model."""
 
     image_size: int
+    """As in `augment`."""
     channels: int
+    """As in `augment`."""
     max_side: int
+    """As in `augment`."""
     mean: list[float]
     """Of each channel over the training pixels, in [0, 1]."""
     std: list[float]
+    """Likewise."""
 
 
 def build(shards_folder: Path, config: AugmentConfig, out: Path) -> dict[str, Any]:
@@ -126,9 +130,10 @@ def batch_loader(spec: ImageSpec) -> Any:
     return functools.partial(collate, side=spec.max_side)
 
 
-def held_out(folder: Path, limit: int) -> Sequence[bytes]:
-    """The first `limit` samples of the validation split, of the training split where there is no other."""
+def held_out(folder: Path, limit: int) -> list[bytes]:
+    """At most `limit` samples of the validation split (of the training split where there is no other), shuffled: in a
+    source sorted by class, neighbours would be alike and the energy margin too hard."""
     manifest = shards.Manifest.load(folder)
     split: shards.Split = "val" if manifest.samples("val") else "train"
     with shards.Reader(folder, manifest, split) as reader:
-        return [reader.read(index) for index in range(min(limit, len(reader)))]
+        return [reader.read(index) for index in permutation(0, 0, len(reader))[:limit].tolist()]

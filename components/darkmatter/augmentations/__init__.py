@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from darkmatter import images
-from darkmatter.augmentations._draws import Draws
+from darkmatter.augmentations._draws import Draws as Draws
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,9 @@ class Config(_Config):
     jitter: float = Field(default=0.5, ge=0, le=1)
     """Strength s of the colour jitter: 0.8 s on brightness, contrast and saturation, 0.2 s on hue (turns)."""
     jitter_probability: float = Field(default=0.8, ge=0, le=1)
+    """Of any change of colour."""
     grey_probability: float = Field(default=0.2, ge=0, le=1)
+    """Of losing all colour."""
     blur_probability: float = Field(default=0.5, ge=0, le=1)
     """Of a Gaussian blur with sigma from 0.1 to 2 pixels at 224, in proportion at other sizes."""
 

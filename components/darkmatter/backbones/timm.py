@@ -1,5 +1,6 @@
 """Any backbone of the timm library, by its name there: resnet50, vit_small_patch16_224, convnext_tiny ..."""
 
+import difflib
 import inspect
 
 from torch import nn
@@ -17,8 +18,8 @@ def build(config: Config, *, channels: int, image_size: int) -> nn.Module:
     import timm
 
     if not timm.is_model(config.model):
-        close = timm.list_models(f"*{config.model.split('_')[0]}*")[:8]
-        hint = f" Near: {', '.join(close)}." if close else ""
+        close = difflib.get_close_matches(config.model, timm.list_models(), n=5)
+        hint = f" Near it: {', '.join(close)}." if close else ""
         raise ParamsError(f"backbone.timm.model: timm {timm.__version__} has no model {config.model!r}.{hint}")
     arguments = {"num_classes": 0, "in_chans": channels}
     # Transformers build their position embedding for one size; convolutional networks refuse the argument.

@@ -22,6 +22,7 @@ class Config(_Config):
     shots: list[int] = Field(min_length=1)
     """Labelled samples a class."""
     episodes: int = Field(ge=2)
+    """How many are drawn; the interval shrinks with their square root."""
     queries: int = Field(gt=0)
     """Samples a class to classify."""
 

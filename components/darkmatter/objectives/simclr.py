@@ -7,7 +7,7 @@ Against collapse: every other sample of the global batch is pushed to a higher e
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from darkmatter import collectives, heads
 from darkmatter.backbones import Backbone
-from darkmatter.objectives import Images, Objective
+from darkmatter.objectives import Images, Mechanism, Objective
 from darkmatter.params import Config as _Config
 
 
@@ -44,7 +44,7 @@ def nt_xent(
 
 
 class SimCLR(Objective):
-    against_collapse: Final = "contrastive"
+    against_collapse: ClassVar[Mechanism] = "contrastive"
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(backbone)
@@ -58,9 +58,8 @@ class SimCLR(Objective):
         return -(self._project(x) * self._project(y)).sum(1) / self.temperature
 
     def loss(self, views: Sequence[Images]) -> Mapping[str, Float[Tensor, ""]]:
-        first, second = views
-        z = self._project(torch.cat([first, second]))
-        nt_xent_loss = nt_xent(*z.chunk(2), self.temperature)
+        first, second = self._project(torch.cat(list(views))).chunk(2)
+        nt_xent_loss = nt_xent(first, second, self.temperature)
         return {"loss": nt_xent_loss, "nt_xent": nt_xent_loss.detach()}
 
 

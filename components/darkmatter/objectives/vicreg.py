@@ -10,7 +10,7 @@ mean of its two halves, [v(Z) + v(Z')] / 2. Other implementations with the same 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from darkmatter import collectives, heads
 from darkmatter.backbones import Backbone
-from darkmatter.objectives import Images, Objective
+from darkmatter.objectives import Images, Mechanism, Objective
 from darkmatter.params import Config as _Config
 
 _EPSILON = 1e-4  # under the square root of the standard deviation, equation 2
@@ -55,7 +55,7 @@ def covariance(z: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
 
 
 class VICReg(Objective):
-    against_collapse: Final = "regularised"
+    against_collapse: ClassVar[Mechanism] = "regularised"
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(backbone)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -40,7 +41,7 @@ class Champion:
         return np.asarray(_loaded[self].predict(pandas.DataFrame({"image": list(contents)})), np.float32)
 
 
-_loaded: dict[Champion, object] = {}
+_loaded: dict[Champion, Any] = {}
 
 
 def connect(uri: str) -> None:

@@ -11,11 +11,13 @@ class PretrainConfig(Config):
     seed: int = Field(ge=0)
     """Of the weights, the order of samples and the views."""
     epochs: int = Field(gt=0)
+    """Passes over the training split."""
     batch_size: int = Field(gt=1)
     """Of the global batch, shared by all workers."""
     learning_rate: float = Field(gt=0)
     """The highest; reached after the warm-up, it falls to 0 along a cosine."""
     warmup_epochs: int = Field(ge=0)
+    """Over which the learning rate rises from 0."""
     weight_decay: float = Field(ge=0)
     """On weights only, not on biases and norms."""
     log_every: int = Field(gt=0)

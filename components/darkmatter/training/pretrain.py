@@ -134,7 +134,9 @@ def _progress(folder: Path, steps: int) -> Iterator[None]:
 
 
 def _print_progress(folder: Path, steps: int, done: threading.Event) -> None:
-    started, first_step, last_step = time.monotonic(), None, -1
+    started = time.monotonic()
+    first_step: float | None = None
+    last_step: float = -1
     while not done.wait(5.0):
         rows = checkpoint.read_history(folder)
         if not rows or rows[-1]["step"] == last_step:

@@ -1,0 +1,56 @@
+# `make demo` and `make test` are all that a fresh machine needs; both set up .venv first.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# DVC runs `python`; it must be this environment's.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup demo show test lint check docs bench lock clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+setup: $(VENV)/installed  ## .venv from requirements.lock
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Darkmatter needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.12 ..."; exit 1; }
+	@echo "Installing the pinned packages into $(VENV) (several GB; about five minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup  ## the whole pipeline on the built-in digits
+	$(BIN)/dvc repro
+	@$(BIN)/python -m darkmatter.report
+
+show: setup  ## the results of the last run
+	@$(BIN)/python -m darkmatter.report
+
+test: setup  ## all tests
+	$(BIN)/python -m pytest
+
+lint: setup  ## style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test  ## what CI runs
+
+docs: setup  ## docs/params.md from the code
+	$(BIN)/python docs/generate.py
+
+bench: setup  ## measurements, side by side; written to docs/performance.md
+	$(BIN)/python benchmarks/training.py
+
+lock:  ## pin again, after a change of the dependencies (needs uv)
+	uv pip compile pyproject.toml --extra demo --extra dev --universal --python-version 3.11 \
+	  --no-header --no-annotate --no-emit-index-url --constraint requirements.constraints -o requirements.lock
+	sed -i -E 's/^(torch|torchvision)==/\1===/' requirements.lock
+
+clean:  ## what runs made; not .venv, not the registry
+	rm -rf data models plots metrics report.html checkpoints

@@ -1,0 +1,59 @@
+"""What tests share: shape checking, small real data, a Ray of their own."""
+
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Before anything of darkmatter is imported: shapes in public signatures are checked under pytest, and only there.
+install_import_hook("darkmatter", "beartype.beartype")
+
+# Tests never attach to a cluster or a registry that happens to run here.
+for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+    os.environ.pop(name, None)
+os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A Ray of this test run, ended by its own handle."""
+    from darkmatter import cluster
+
+    with cluster.session():
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    """A folder with data/shards and data/train made of 600 of the built-in digits by the real stages."""
+    from darkmatter import ingest, sources, training_set
+    from darkmatter.sources import builtin
+
+    class Some(builtin.Mnist):
+        def items(self) -> list[sources.Item]:
+            return super().items()[::8]
+
+    root = tmp_path_factory.mktemp("digits")
+    config = ingest.IngestConfig(samples_per_shard=128, val_fraction=0.2, test_fraction=0.25, max_pixels=10_000)
+    ingest.ingest(Some(), config, labels=True, out=root / "shards")
+    training_set.build(root / "shards", augment_config(), root / "train")
+    return root
+
+
+def augment_config(**changes: object) -> "training_set.AugmentConfig":  # type: ignore[name-defined]
+    from darkmatter import training_set
+
+    values = {"image_size": 28, "channels": 1, "max_side": 28, "encoding": "png", "views": {"name": "glyphs"}}
+    return training_set.AugmentConfig(**{**values, **changes})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

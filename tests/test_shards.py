@@ -1,0 +1,96 @@
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from darkmatter import shards
+
+SAMPLES = [
+    shards.Sample(key=f"{number:032x}", content=bytes([number]) * (700 * number + 1), extension="png", label=number % 3)
+    for number in range(5)
+]
+
+
+def write(folder: Path, *, labels: bool = True, split: shards.Split = "train") -> shards.Manifest:
+    shard = shards.write_shard(folder / "train-000000.tar", SAMPLES, split=split, labels=labels)
+    manifest = shards.Manifest(classes=["a", "b", "c"] if labels else None, shards=[shard])
+    manifest.save(folder)
+    return manifest
+
+
+# WebDataset 1.0.2 leaves the tar open; that is its warning, not ours.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
+    write(tmp_path)
+    read = list(webdataset.WebDataset(str(tmp_path / "train-000000.tar"), shardshuffle=False))
+    assert [one["__key__"] for one in read] == [one.key for one in SAMPLES]
+    assert [one["png"] for one in read] == [one.content for one in SAMPLES]
+    assert [int(one["cls"]) for one in read] == [one.label for one in SAMPLES]
+
+
+def test_reader_finds_each_sample_by_one_offset(tmp_path: Path) -> None:
+    manifest = write(tmp_path)
+    with shards.Reader(tmp_path, shards.Manifest.load(tmp_path), "train") as reader:
+        assert [reader.read(index) for index in (3, 0, 4, 1, 2)] == [SAMPLES[i].content for i in (3, 0, 4, 1, 2)]
+        assert reader.labels == [one.label for one in SAMPLES]
+        assert reader.keys == [one.key for one in SAMPLES]
+    assert shards.Manifest.load(tmp_path) == manifest
+    with shards.Reader(tmp_path, manifest, "test") as reader:
+        assert len(reader) == 0
+
+
+def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    assert write(tmp_path / "a").digest == write(tmp_path / "b").digest
+    first, second = (tmp_path / name / "train-000000.tar" for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+    with tarfile.open(first) as tar:
+        assert {(member.mtime, member.uid, member.mode) for member in tar} == {(0, 0, 0o644)}
+
+
+def test_without_labels_no_label_touches_the_disk(tmp_path: Path) -> None:
+    write(tmp_path, labels=False)
+    with tarfile.open(tmp_path / "train-000000.tar") as tar:
+        assert all(name.endswith(".png") for name in tar.getnames())
+    assert '"labels": null' in (tmp_path / "manifest.json").read_text()
+
+
+def test_the_digest_names_the_content_and_its_split(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    digest = write(tmp_path / "a").digest
+    assert write(tmp_path / "b", split="val").digest != digest
+    assert write(tmp_path / "c", labels=False).digest != digest
+
+
+def test_one_flipped_bit_is_found_and_the_shard_named(tmp_path: Path) -> None:
+    manifest = write(tmp_path)
+    path = tmp_path / "train-000000.tar"
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-000000\.tar is damaged"):
+        manifest.verify(tmp_path)
+
+
+def test_a_missing_or_short_shard_is_named(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[:-512])
+    with pytest.raises(ValueError, match=r"train-000000\.tar is missing or not \d+ bytes long"):
+        shards.Manifest.load(tmp_path)
+
+
+def test_a_key_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="two samples have the same key"):
+        shards.write_shard(tmp_path / "a.tar", [SAMPLES[0], SAMPLES[0]], split="train", labels=True)
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    text = (tmp_path / "manifest.json").read_text().replace('"format": 1', '"format": 2')
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match="format 2; this version reads 1"):
+        shards.Manifest.load(tmp_path)

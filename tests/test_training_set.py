@@ -1,0 +1,74 @@
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import augment_config
+from darkmatter import images, shards, training_set
+
+
+def test_no_label_and_no_test_sample_is_in_the_training_set(digits: Path) -> None:
+    original = shards.Manifest.load(digits / "shards")
+    manifest = shards.Manifest.load(digits / "train")
+    assert original.classes == [str(digit) for digit in range(10)]
+    assert manifest.classes is None
+    held_back = {key for shard in original.shards if shard.split == "test" for key in shard.keys}
+    assert held_back
+    for shard in manifest.shards:
+        assert shard.split in ("train", "val")
+        assert shard.labels is None
+        assert not held_back & set(shard.keys)
+        with tarfile.open(digits / "train" / shard.path) as tar:
+            assert all(name.endswith(".png") for name in tar.getnames())
+    text = (digits / "train" / "manifest.json").read_text() + (digits / "train" / "images.json").read_text()
+    assert json.loads(text[: text.index("\n")])["classes"] is None
+
+
+def test_training_images_are_the_originals_bounded(digits: Path) -> None:
+    original, manifest = (shards.Manifest.load(digits / name) for name in ("shards", "train"))
+    with (
+        shards.Reader(digits / "shards", original, "train") as source,
+        shards.Reader(digits / "train", manifest, "train") as reader,
+    ):
+        assert reader.keys == source.keys
+        for index in range(0, len(reader), 25):
+            decoded = images.decode(source.read(index))
+            assert (images.decode_own(reader.read(index))[0] == decoded[:, :, 0]).all()
+
+
+def test_statistics_are_those_of_the_training_pixels(digits: Path) -> None:
+    spec = training_set.load_image_spec(digits / "train")
+    with shards.Reader(digits / "train", shards.Manifest.load(digits / "train"), "train") as reader:
+        pixels = np.concatenate([images.decode_own(reader.read(i)).ravel() for i in range(len(reader))]) / 255
+    assert spec.mean == pytest.approx([pixels.mean()], abs=1e-6)
+    assert spec.std == pytest.approx([pixels.std()], abs=1e-6)
+    assert (spec.image_size, spec.channels, spec.max_side) == (28, 1, 28)
+
+
+def test_building_again_gives_the_same_bytes(digits: Path, tmp_path: Path) -> None:
+    training_set.build(digits / "shards", augment_config(), tmp_path / "again")
+    for path in sorted((digits / "train").iterdir()):
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_colour_jpeg_of_another_size(digits: Path, tmp_path: Path) -> None:
+    config = augment_config(channels=3, max_side=14, encoding="jpeg")
+    counts = training_set.build(digits / "shards", config, tmp_path / "small")
+    spec = training_set.load_image_spec(tmp_path / "small")
+    assert len(spec.mean) == len(spec.std) == 3
+    with shards.Reader(tmp_path / "small", shards.Manifest.load(tmp_path / "small"), "train") as reader:
+        assert images.decode_own(reader.read(0)).shape == (3, 14, 14)
+        assert len(reader) == counts["samples_by_split"]["train"]
+
+
+def test_held_out_samples_are_of_the_validation_split_and_mixed(digits: Path) -> None:
+    manifest = shards.Manifest.load(digits / "train")
+    with shards.Reader(digits / "train", manifest, "val") as reader:
+        everything = [reader.read(index) for index in range(len(reader))]
+    chosen = training_set.held_out(digits / "train", 32)
+    assert len(chosen) == 32
+    assert set(chosen) <= set(everything)
+    assert chosen != everything[:32]
+    assert chosen == training_set.held_out(digits / "train", 32)
