@@ -24,11 +24,9 @@ def main() -> None:
         attachments=[*sorted(Path("plots").iterdir()), *(Path(f"metrics/{name}.json") for name in report.SOURCES)],
     )
     files.write_json("metrics/register.json", decision)
-    page = report.Page(
-        metrics=metrics, decision=decision, params=tree, plots=Path("plots"), model=Path("models/backbone")
-    )
+    page = report.Page(metrics=metrics, decision=decision, params=tree, plots=Path("plots"))
     files.write("report.html", page.html())
-    print(page.text())
+    print(page.verdict())
 
 
 if __name__ == "__main__":

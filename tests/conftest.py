@@ -10,7 +10,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Before anything of darkmatter is imported: shapes in public signatures are checked under pytest, and only there.
-install_import_hook("darkmatter", "beartype.beartype")
+install_import_hook("darkmatter", "shape_checks.check")
 
 # Tests never attach to a cluster or a registry that happens to run here.
 for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):

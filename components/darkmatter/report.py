@@ -3,13 +3,14 @@
 import base64
 import csv
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from darkmatter import lineage
+from darkmatter import lineage, params
 
 #: The stages whose metrics the page shows.
 SOURCES = ("ingest", "augment", "pretrain", "evaluate")
@@ -30,7 +31,6 @@ class Page:
     decision: Mapping[str, Any]  # what register returned
     params: Mapping[str, Any]
     plots: Path
-    model: Path
 
     def html(self) -> str:
         """One self-contained page: pictures are inside it, nothing is fetched."""
@@ -52,10 +52,10 @@ class Page:
     def verdict(self) -> str:
         """The outcome in a sentence."""
         version, aliases = self.decision["version"], self.decision["alias"]
-        broken = [name for name, rule in self.decision["rules"].items() if not rule["passed"]]
+        broken = [f"{name} ({rule['reason']})" for name, rule in self.decision["rules"].items() if not rule["passed"]]
         name = self.params["register"]["model"]
         if version is None:
-            return f"Refused: the model is not {' and not '.join(broken)}. Nothing was registered."
+            return f"Refused, nothing was registered. Failed: {'; '.join(broken)}."
         how = "registered" if self.decision["new"] else "was registered before"
         if "champion" in aliases:
             return f"{name} version {version} {how} and is the champion."
@@ -117,3 +117,14 @@ def _cell(score: Mapping[str, Any], percent: bool) -> str:
 
 def _inline(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def main() -> None:
+    """`python -m darkmatter.report`: the results of the last run, on the terminal."""
+    metrics = {name: json.loads(Path(f"metrics/{name}.json").read_text()) for name in (*SOURCES, "register")}
+    page = Page(metrics=metrics, decision=metrics["register"], params=params.read(), plots=Path("plots"))
+    print(page.text())
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ import importlib.metadata
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,22 +131,24 @@ def _log_model(model_folder: Path, backbone: Backbone, spec: model.ModelSpec, sc
     torch.export.save(export(backbone, spec), package / "backbone.pt2")
     code = scratch / "darkmatter_images.py"
     shutil.copyfile(images.__file__, code)
-    return mlflow.pyfunc.log_model(
-        name="embedder",
-        python_model=str(_EMBEDDER),
-        artifacts={"backbone": str(package)},
-        code_paths=[str(code)],
-        model_config={"device": "cpu"},
-        signature=ModelSignature(
-            Schema([ColSpec("binary", "image")]),
-            Schema([TensorSpec(np.dtype("float32"), (-1, backbone.num_features))]),
-            ParamSchema([ParamSpec("normalize", "boolean", False)]),
-        ),
-        pip_requirements=[
-            f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
-            for name in ("mlflow", "torch", "numpy", "pandas", "pillow", "jaxtyping")
-        ],
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*input example was not provided")  # the signature is given
+        return mlflow.pyfunc.log_model(
+            name="embedder",
+            python_model=str(_EMBEDDER),
+            artifacts={"backbone": str(package)},
+            code_paths=[str(code)],
+            model_config={"device": "cpu"},
+            signature=ModelSignature(
+                Schema([ColSpec("binary", "image")]),
+                Schema([TensorSpec(np.dtype("float32"), (-1, backbone.num_features))]),
+                ParamSchema([ParamSpec("normalize", "boolean", False)]),
+            ),
+            pip_requirements=[
+                f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
+                for name in ("mlflow", "torch", "numpy", "pandas", "pillow", "jaxtyping")
+            ],
+        )
 
 
 def export(backbone: Backbone, spec: model.ModelSpec) -> torch.export.ExportedProgram:

@@ -34,9 +34,10 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
 def load_newest(folder: Path) -> dict[str, Any] | None:
     """The state of the newest checkpoint that is whole; None when there is none. Damaged ones are named on stderr."""
     for path in _newest_first(folder):
-        if files.sha256(path / "state.pt") == (path / "sha256").read_text():
-            return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        print(f"darkmatter: checkpoint {path} is damaged (sha256 differs); using the one before it", file=sys.stderr)
+        state, recorded = path / "state.pt", path / "sha256"
+        if state.is_file() and recorded.is_file() and files.sha256(state) == recorded.read_text():
+            return torch.load(state, map_location="cpu", weights_only=True)
+        print(f"darkmatter: checkpoint {path} is damaged; using the one before it", file=sys.stderr)
     return None
 
 

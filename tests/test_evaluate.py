@@ -1,0 +1,94 @@
+"""The stage on real digits with a short real training."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "training"))
+import runs
+
+from darkmatter import evaluate, images, model, report, shards
+
+SECTION = {
+    "seed": 0,
+    "few_shot": {"ways": [5], "shots": [1, 5], "episodes": 200, "queries": 5},
+    "knn": {"neighbours": 5, "temperature": 0.07},
+    "rankme": {},
+    "energy_margin": {},
+}
+
+
+@pytest.fixture(scope="module")
+def results(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> evaluate.Results:
+    folder = tmp_path_factory.mktemp("evaluate")
+    longer = runs.CONFIG.model_copy(update={"epochs": 20, "log_every": 50, "save_every": 100, "health_every": 100})
+    state = runs.run(digits / "train", folder / "run", "vicreg", config=longer)
+    model.save(folder / "model", state.objective, runs.spec(digits / "train", "vicreg"), {"seed": 0})
+    champion = lambda contents: np.stack(  # noqa: E731
+        [images.fit(images.decode(one), size=28, channels=1).ravel() / 255 for one in contents]
+    ).astype(np.float32)
+    return evaluate.evaluate(folder / "model", digits / "shards", SECTION, champion=champion)
+
+
+def test_every_subject_is_scored_on_every_protocol(results: evaluate.Results, digits: Path) -> None:
+    manifest = shards.Manifest.load(digits / "shards")
+    assert results.tree["test_samples"] == results.tree["labelled"] == manifest.samples("test")
+    assert list(results.tree["few_shot"]) == ["5-way 1-shot", "5-way 5-shot"]
+    for row in results.tree["few_shot"].values():
+        assert set(row) == {"pretrained", "untrained", "pixels", "champion", "advantage"}
+        assert set(row["advantage"]) == {"untrained", "pixels", "champion"}
+    assert set(results.tree["energy_margin"]["auroc"]) == {"pretrained", "untrained"}
+
+
+def test_pretraining_helps(results: evaluate.Results) -> None:
+    row = results.tree["few_shot"]["5-way 5-shot"]
+    gap = row["advantage"]["untrained"]
+    assert gap["mean"] > gap["ci95"] > 0
+    margin = results.tree["energy_margin"]["auroc"]
+    assert margin["pretrained"]["mean"] > margin["untrained"]["mean"]
+    compatible, incompatible = results.energies
+    assert compatible.mean() < incompatible.mean()
+
+
+def test_differences_are_paired(results: evaluate.Results) -> None:
+    """The champion here is raw pixels by another way: the same episodes, so no difference at all between the two."""
+    for row in results.tree["few_shot"].values():
+        assert row["champion"] == row["pixels"]
+        assert row["advantage"]["champion"] == row["advantage"]["pixels"]
+        separate = np.hypot(row["pretrained"]["ci95"], row["pixels"]["ci95"])
+        assert row["advantage"]["pixels"]["ci95"] < separate
+
+
+def test_a_page_is_made_of_it(results: evaluate.Results, tmp_path: Path) -> None:
+    from darkmatter import params, pictures
+
+    plots = tmp_path / "plots"
+    pictures.few_shot(results.tree, plots / "few_shot.png")
+    pictures.energies(*results.energies, plots / "energies.png")
+    pictures.history([{"step": 1, "loss": 2.0, "energy_margin": 0.5, "learning_rate": 0.1}], plots / "history.png")
+    pictures.contact_sheet([np.zeros((1, 9, 7), np.uint8)], np.zeros((1, 2, 1, 8, 8)), plots / "views.png")
+    rule = {"passed": False, "reason": "energy margin 0.5 < 0.9 & <more>"}
+    page = report.Page(
+        metrics={
+            "evaluate": results.tree,
+            "ingest": {
+                "files_seen": 9, "samples": 5, "duplicates": 1, "rejects": 3, "rejects_by_reason": {"empty": 3},
+                "samples_by_split": {"train": 5},
+            },
+            "augment": {},
+            "pretrain": {"steps": 10, "images": 100, "images_per_second": 5.0, "fingerprint": "f" * 16},
+        },
+        decision={"version": None, "alias": [], "new": False, "rules": {"not collapsed": rule}},
+        params=params.read(Path(__file__).parent.parent / "params.yaml"),
+        plots=plots,
+    )  # fmt: skip
+    html, text = page.html(), page.text()
+    assert html.count("data:image/png;base64,") == 4
+    assert "http" not in html.replace("http-equiv", "")
+    assert "Refused: the model is not not collapsed" not in html
+    assert "&lt;more&gt;" in html
+    for words in ("5-way 5-shot", "pretrained", "champion", "pixels", "FAIL  not collapsed"):
+        assert words in text
+    assert "Refused" in page.verdict()

@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from darkmatter import health
+
+
+def test_auroc_is_scikit_learns_with_ties() -> None:
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randint(0, 20, (150,), generator=generator).double()
+    high = torch.randint(5, 25, (90,), generator=generator).double()
+    expected = roc_auc_score([0] * 150 + [1] * 90, torch.cat([low, high]).numpy())
+    assert health.auroc(low, high) == pytest.approx(expected, abs=1e-12)
+
+
+def test_auroc_at_its_ends() -> None:
+    assert health.auroc(torch.zeros(5), torch.ones(4)) == 1.0
+    assert health.auroc(torch.ones(4), torch.zeros(5)) == 0.0
+    assert health.auroc(torch.ones(6), torch.ones(3)) == 0.5
+    assert health.auroc(torch.tensor([0.0, float("nan")]), torch.ones(3)) == 0.5
+
+
+def test_rankme_is_equation_1() -> None:
+    matrix = np.random.default_rng(0).normal(size=(40, 6)) @ np.diag([5, 3, 1, 0.5, 0.1, 0.01])
+    singular = np.linalg.svd(matrix, compute_uv=False)
+    share = singular / singular.sum() + 1e-7
+    assert health.rankme(torch.from_numpy(matrix)) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_rankme_counts_equal_directions(rank: int) -> None:
+    basis = torch.linalg.qr(torch.randn(50, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    embeddings = torch.cat([basis, torch.zeros(50, 8 - rank, dtype=torch.float64)], 1)
+    assert health.rankme(embeddings) == pytest.approx(rank, rel=1e-4)
+
+
+def test_looking_leaves_the_mode_and_the_statistics_alone() -> None:
+    from darkmatter.backbones import Backbone, small_conv
+    from darkmatter.objectives import simclr
+
+    backbone = Backbone(small_conv.build(small_conv.Config(width=4), channels=1, image_size=28), mean=[0.1], std=[0.3])
+    method = simclr.build(simclr.Config(projector=[8, 4]), backbone).train()
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    images = torch.rand(6, 1, 28, 28)
+    health.pair_energies(method, images, images)
+    health.embeddings(method, images)
+    assert method.training
+    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())

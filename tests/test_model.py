@@ -1,0 +1,47 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "registry"))
+import trained
+
+from darkmatter import model
+
+
+def test_a_saved_model_is_the_same_model(tmp_path: Path) -> None:
+    spec = trained.save(tmp_path / "m", seed=5)
+    loaded, loaded_spec, provenance = model.load(tmp_path / "m")
+    assert loaded_spec == spec
+    assert provenance["seed"] == 5
+    assert not loaded.training
+    fresh = model.build(spec, seed=5)
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in fresh.state_dict().items())
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == [
+        "backbone.safetensors", "config.json", "objective.safetensors",
+    ]  # fmt: skip
+
+
+def test_weights_follow_the_seed_and_building_leaves_the_generator_alone(tmp_path: Path) -> None:
+    spec = trained.save(tmp_path / "m")
+    state = torch.get_rng_state()
+    first, second, other = (model.build(spec, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    name = "projector.0.weight"
+    assert torch.equal(first.state_dict()[name], second.state_dict()[name])
+    assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(tmp_path: Path) -> None:
+    trained.save(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["backbone"]["small_conv"]["width"] = 8
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"do not fit its config\.json"):
+        model.load(tmp_path / "m")
+    config["format"] = 9
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="format 9; this version reads 1"):
+        model.load(tmp_path / "m")

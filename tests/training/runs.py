@@ -1,0 +1,74 @@
+"""Small real runs on the digits, in this process or in one that will be killed."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from darkmatter import model, shards, training_set
+from darkmatter.stream import Stream
+from darkmatter.training import PretrainConfig, loop
+
+CONFIG = PretrainConfig(
+    seed=0, epochs=4, batch_size=32, learning_rate=0.004, warmup_epochs=1, weight_decay=0.05,
+    log_every=1, save_every=7, health_every=10,
+)  # fmt: skip
+
+
+def spec(train: Path, objective: str) -> model.ModelSpec:
+    return model.ModelSpec(
+        backbone={"name": "small_conv", "small_conv": {"width": 4}},
+        objective={"name": objective, objective: {"projector": [16, 8]}},
+        views={"name": "glyphs"},
+        images=training_set.load_image_spec(train),
+    )
+
+
+def run(
+    train: Path, folder: Path, objective: str, *, config: PretrainConfig = CONFIG, threads: int = 1
+) -> loop.TrainState:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = spec(train, objective)
+    load = training_set.batch_loader(made.images)
+    contents = training_set.held_out(train, 64)
+    with shards.Reader(train, shards.Manifest.load(train), "train") as reader:
+        return loop.fit(
+            model.build(made, seed=config.seed),
+            Stream(reader, load, batch_size=config.batch_size, seed=config.seed, threads=threads),
+            training_set.choose_views(made.views, 28),
+            load(contents, np.arange(len(contents))),
+            config,
+            folder=folder,
+            device=torch.device("cpu"),
+        )
+
+
+def digest(state: dict) -> str:
+    """SHA-256 over every tensor and number of a state, in a fixed order."""
+    total = hashlib.sha256()
+
+    def add(value: object) -> None:
+        if isinstance(value, dict):
+            for key in sorted(value, key=str):
+                total.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, (list, tuple)):
+            for one in value:
+                add(one)
+        elif isinstance(value, torch.Tensor):
+            total.update(value.detach().contiguous().numpy().tobytes())
+        else:
+            total.update(repr(value).encode())
+
+    add(state)
+    return total.hexdigest()
+
+
+if __name__ == "__main__":
+    train_folder, out, name = sys.argv[1:]
+    print(json.dumps(digest(run(Path(train_folder), Path(out), name).state_dict())))

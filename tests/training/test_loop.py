@@ -1,0 +1,86 @@
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+from darkmatter import plugin
+from darkmatter.training import checkpoint
+
+RUNS = Path(__file__).with_name("runs.py")
+
+
+@pytest.mark.parametrize("objective", plugin.names("objectives"))
+def test_a_killed_run_ends_in_the_same_state_bit_for_bit(objective: str, digits: Path, tmp_path: Path) -> None:
+    reference = runs.digest(runs.run(digits / "train", tmp_path / "whole", objective).state_dict())
+    folder = tmp_path / "killed"
+    command = [sys.executable, str(RUNS), str(digits / "train"), str(folder), objective]
+    steps = []
+    for least in (8, 23):  # killed as soon as a row after this step is there: between two checkpoints
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None:
+            rows = checkpoint.read_history(folder)
+            if rows and rows[-1]["step"] >= least:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        assert process.wait() == -signal.SIGKILL
+        saved = checkpoint.load_newest(folder)
+        assert saved is not None
+        steps.append(saved["step"])
+    state = runs.run(digits / "train", folder, objective)
+    assert steps[0] < steps[1] < state.step
+    assert runs.digest(state.state_dict()) == reference
+    total = 4 * (len_train(digits) // 32)
+    assert state.step == total
+    assert [row["step"] for row in checkpoint.read_history(folder)] == list(range(1, total + 1))
+
+
+def len_train(digits: Path) -> int:
+    from darkmatter import shards
+
+    return shards.Manifest.load(digits / "train").samples("train")
+
+
+def test_loader_threads_change_nothing(digits: Path, tmp_path: Path) -> None:
+    short = runs.CONFIG.model_copy(update={"epochs": 1})
+    states = [
+        runs.run(digits / "train", tmp_path / str(threads), "simclr", config=short, threads=threads).state_dict()
+        for threads in (1, 4)
+    ]
+    assert runs.digest(states[0]) == runs.digest(states[1])
+
+
+def test_history_has_the_terms_the_health_and_the_rates(digits: Path, tmp_path: Path) -> None:
+    runs.run(digits / "train", tmp_path, "vicreg")
+    rows = checkpoint.read_history(tmp_path)
+    assert {"loss", "invariance", "variance", "covariance", "learning_rate", "images_per_second", "epoch"} <= rows[
+        0
+    ].keys()
+    looks = [row["step"] for row in rows if "energy_margin" in row]
+    assert looks == [step for step in range(1, len(rows) + 1) if step % 10 == 0 or step == len(rows)]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert 0.5 < rows[-1]["energy_margin"] <= 1
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_a_finished_run_is_not_trained_again(digits: Path, tmp_path: Path) -> None:
+    first = runs.run(digits / "train", tmp_path, "simclr")
+    rows = checkpoint.read_history(tmp_path)
+    again = runs.run(digits / "train", tmp_path, "simclr")
+    assert runs.digest(again.state_dict()) == runs.digest(first.state_dict())
+    assert checkpoint.read_history(tmp_path) == rows
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(digits: Path, tmp_path: Path) -> None:
+    wild = runs.CONFIG.model_copy(update={"learning_rate": 1e30, "warmup_epochs": 0})
+    with pytest.raises(FloatingPointError, match=r"not finite at step \d+.*lower the learning rate"):
+        runs.run(digits / "train", tmp_path, "vicreg", config=wild)
+    saved = checkpoint.load_newest(tmp_path)
+    assert saved is None or all(torch.isfinite(value).all() for value in saved["objective"].values())
