@@ -37,6 +37,12 @@ class PlaceConfig(Config):
 @contextmanager
 def session() -> Iterator[None]:
     """Attaches to RAY_ADDRESS, or starts a cluster of this machine and ends it with the block."""
+    if not os.environ.get("RAY_ADDRESS"):
+        # Ray listens on ports that any user of the machine reaches. A token of this session keeps them shut, and in the
+        # environment it is not written to ~/.ray/auth_token, which Ray would do by itself, readable by all. Ray reads
+        # the mode when it is first imported.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
     if ray.is_initialized():
@@ -45,13 +51,6 @@ def session() -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True)
     else:
-        # Ray listens on ports that any user of the machine reaches. A token of this session keeps them shut, and in the
-        # environment it is not written to ~/.ray/auth_token, which Ray would do by itself, readable by all.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ.setdefault(
-            "RAY_BACKEND_LOG_LEVEL", "fatal"
-        )  # its errors at start-up are about itself; ours are raised
         # The dashboard process answers Train's cleaner; without it that warns every second (measured with 2.60).
         ray.init(address="local", include_dashboard=True, logging_level=logging.WARNING, log_to_driver=True)
     try:
@@ -88,14 +87,9 @@ def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    def worker(job: dict[str, Any]) -> None:
-        from ray.train.torch import get_device
-
-        function(job, get_device())
-
     trainer = TorchTrainer(
-        worker,
-        train_loop_config=job,
+        _work,
+        train_loop_config={"function": function, "job": job},
         torch_config=TorchConfig(backend="nccl" if place.gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=place.workers,
@@ -110,3 +104,9 @@ def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig
         ),
     )
     trainer.fit()
+
+
+def _work(call: dict[str, Any]) -> None:
+    from ray.train.torch import get_device
+
+    call["function"](call["job"], get_device())

@@ -71,7 +71,9 @@ class Page:
                 continue
             for protocol, row in protocols.items():
                 percent = evaluation in ("few_shot", "knn")
-                label = protocol if evaluation == "few_shot" else f"{evaluation.replace('_', ' ')} ({protocol})"
+                label = (
+                    protocol if evaluation in ("few_shot", protocol) else f"{evaluation.replace('_', ' ')}, {protocol}"
+                )
                 rows.append((label, {name: _cell(row[name], percent) for name in _SUBJECTS if name in row}))
         return rows
 

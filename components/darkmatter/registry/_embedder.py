@@ -10,6 +10,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pandas
 import torch
 
 _BATCH = 256
@@ -32,8 +33,7 @@ class Embedder(mlflow.pyfunc.PythonModel):
             program = move_to_device_pass(program, self._device)
         self._backbone = program.module()
 
-    # No type hints: MLflow would take them for a schema and warn; the signature is given when the model is logged.
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    def predict(self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
         contents = list(model_input["image"])
         parts = [self._embed(contents[start : start + _BATCH]) for start in range(0, len(contents), _BATCH)]
         embeddings = np.concatenate(parts)

@@ -50,6 +50,8 @@ def pretrain(
     folder.mkdir(parents=True, exist_ok=True)
     objective = model.build(spec, seed=config.seed)  # a wrong option fails here, before any process is started
     print(_announce(objective, manifest, config, place, fingerprint, steps))
+    if (before := checkpoint.load_newest(folder)) is not None:
+        print(f"going on from step {before['step']}, the last checkpoint in {folder}", flush=True)
 
     job = {
         "train_folder": str(train_folder.resolve()),

@@ -1,0 +1,175 @@
+"""The whole pipeline in a repository of its own: real DVC, Git, Ray and MLflow, the digits, a short training."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from darkmatter.training import checkpoint
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "DVC_", "GIT_"))},
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+}
+
+
+class Repository:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, *command: str, fails: bool = False) -> str:
+        done = subprocess.run(command, cwd=self.folder, env=ENVIRONMENT, capture_output=True, text=True)
+        assert (done.returncode != 0) is fails, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def metrics(self, stage: str) -> dict:
+        return json.loads((self.folder / "metrics" / f"{stage}.json").read_text())
+
+    def change(self, **sections: dict) -> None:
+        path = self.folder / "params.yaml"
+        tree = yaml.safe_load(path.read_text())
+        for name, change in sections.items():
+            tree[name] = {**tree[name], **change}
+        path.write_text(yaml.safe_dump(tree, sort_keys=False))
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """A copy of this repository's files as they are, committed, with params for a training of seconds."""
+    folder = tmp_path_factory.mktemp("pipeline") / "repository"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\n")
+    for name in filter(None, listed):
+        if (ROOT / name).is_file() and not name.startswith(("metrics/", "dvc.lock")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    made = Repository(folder)
+    made.change(
+        backbone={"small_conv": {"width": 8}},
+        pretrain={"epochs": 4, "warmup_epochs": 1, "log_every": 1, "save_every": 10, "health_every": 62},
+        evaluate={"few_shot": {"ways": [5], "shots": [5], "episodes": 100, "queries": 15}},
+        register={"min_energy_margin": 0.8},
+    )
+    for command in ("git init -q", "git config user.name n", "git config user.email e@example.org"):
+        made.run(*command.split())
+    made.run("git", "add", "-A")
+    made.run("git", "commit", "-qm", "start")
+    return made
+
+
+def test_a_typo_is_refused_at_once_with_the_list_of_what_exists(repository: Repository) -> None:
+    right = (repository.folder / "params.yaml").read_text()
+    for wrong, message in (
+        (
+            right.replace("name: simclr", "name: simcrl"),
+            r"objective\.name: there is no 'simcrl'.*'simclr'.*simclr, vicreg",
+        ),
+        (right.replace("\npretrain:", "\npretrian:"), r"section 'pretrian' is unknown. Did you mean 'pretrain'"),
+    ):
+        (repository.folder / "params.yaml").write_text(wrong)
+        output = repository.run("dvc", "repro", fails=True)
+        assert re.search(message, output), output
+        assert "Running stage 'ingest'" not in output
+        assert "Traceback" not in output
+    (repository.folder / "params.yaml").write_text(right)
+    repository.run("git", "checkout", "-q", "params.yaml")
+
+
+def test_killed_in_the_middle_of_pretraining_it_goes_on(repository: Repository) -> None:
+    """SIGKILL to the whole process group of `dvc repro`."""
+    with (repository.folder.parent / "log").open("w") as log:
+        process = subprocess.Popen(
+            ["dvc", "repro"], cwd=repository.folder, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
+        )
+        reached = 0
+        while process.poll() is None and reached < 35:
+            folders = list((repository.folder / "checkpoints").glob("pretrain-*"))
+            rows = checkpoint.read_history(folders[0]) if folders else []
+            reached = int(rows[-1]["step"]) if rows else 0
+            time.sleep(0.05)
+        assert process.poll() is None, (repository.folder.parent / "log").read_text()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (repository.folder / "models").exists()
+
+    output = repository.run("dvc", "repro")
+    resumed = re.search(r"going on from step (\d+)", output)
+    assert resumed, output
+    assert reached - 10 <= int(resumed[1]) <= reached + 10
+    steps = repository.metrics("pretrain")["steps"]
+    history = (repository.folder / "plots" / "history.csv").read_text().splitlines()[1:]
+    assert [float(row.split(",")[0]) for row in history] == list(range(1, steps + 1))
+
+
+def test_the_run_left_what_it_promises(repository: Repository) -> None:
+    counts = repository.metrics("ingest")
+    assert counts["files_seen"] == counts["samples"] + counts["duplicates"] + counts["rejects"] == 5000
+    scores = repository.metrics("evaluate")
+    row = scores["few_shot"]["5-way 5-shot"]
+    assert row["pretrained"]["mean"] - row["pretrained"]["ci95"] > row["untrained"]["mean"] + row["untrained"]["ci95"]
+    assert scores["energy_margin"]["auroc"]["pretrained"]["mean"] > 0.85
+    decision = repository.metrics("register")
+    assert (decision["version"], decision["alias"]) == ("1", ["candidate", "champion"])
+    for name in (
+        "report.html",
+        "plots/views.png",
+        "plots/few_shot.png",
+        "plots/energies.png",
+        "data/shards/rejects.jsonl",
+    ):
+        assert (repository.folder / name).is_file()
+    assert b"data:image/png;base64," in (repository.folder / "report.html").read_bytes()
+
+
+def test_the_git_tree_is_clean_but_for_lock_and_metrics(repository: Repository) -> None:
+    changed = repository.run("git", "status", "--porcelain").split("\n")
+    assert {line[3:].split("/")[0] for line in changed if line} <= {"dvc.lock", "metrics"}
+
+
+def test_a_second_repro_does_nothing(repository: Repository) -> None:
+    output = repository.run("dvc", "repro")
+    ran = re.findall(r"Running stage '(\w+)'", output)
+    assert ran == ["discover"]
+    for stage in ("check", "ingest", "augment", "pretrain", "evaluate", "register"):
+        assert f"Stage '{stage}' didn't change, skipping" in output
+
+
+def test_dvc_shows_the_graph_the_metrics_and_the_plots(repository: Repository) -> None:
+    repository.run("git", "add", "-A")
+    repository.run("git", "commit", "-qm", "run")
+    dag = repository.run("dvc", "dag")
+    assert all(stage in dag for stage in ("ingest", "augment", "pretrain", "evaluate", "register"))
+    assert "few_shot.5-way 5-shot.pretrained.mean" in repository.run("dvc", "metrics", "show", "--md")
+    repository.run("dvc", "metrics", "diff")
+    repository.run("dvc", "plots", "show")
+    page = (repository.folder / "dvc_plots" / "index.html").read_text()
+    assert "energy_margin" in page
+    assert "few_shot.png" in page
+
+
+def test_another_method_is_one_word_and_needs_no_new_data(repository: Repository) -> None:
+    output = repository.run("dvc", "exp", "run", "-S", "objective.name=vicreg", "-S", "pretrain.epochs=1")
+    assert re.findall(r"Running stage '(\w+)'", output) == ["check", "discover", "pretrain", "evaluate", "register"]
+    scores = repository.metrics("evaluate")
+    assert scores["champion_version"] == "1"
+    assert "champion" in scores["few_shot"]["5-way 5-shot"]
+    with sqlite3.connect(repository.folder / "mlflow.db") as database:
+        versions = database.execute("select version from model_versions").fetchall()
+    decision = repository.metrics("register")
+    assert len(versions) == (2 if decision["version"] else 1)

@@ -1,0 +1,106 @@
+"""The stage on a real Ray: two workers over gloo, one of them killed."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import runs
+from safetensors.torch import load_file
+
+from darkmatter import lineage, shards
+from darkmatter.cluster import PlaceConfig
+from darkmatter.training import checkpoint, pretrain
+
+CONFIG = runs.CONFIG.model_copy(update={"epochs": 12, "save_every": 10, "health_every": 60})
+
+
+def place(storage: Path) -> PlaceConfig:
+    return PlaceConfig(
+        workers=2, cpus_per_worker=1, gpu=False, storage=str(storage), mlflow="sqlite:///unused.db", max_restarts=2
+    )
+
+
+def run(digits: Path, folder: Path) -> dict:
+    spec = runs.spec(digits / "train", "simclr")
+    return pretrain.pretrain(
+        digits / "train", spec, CONFIG, place(folder / "storage"), out=folder / "model", history=folder / "history.csv"
+    )
+
+
+def kill_a_worker_after(storage: Path, step: int, killed: list[int]) -> None:
+    while not killed:
+        rows = [row for folder in storage.glob("pretrain-*") for row in checkpoint.read_history(folder)]
+        if rows and rows[-1]["step"] >= step:
+            workers = [
+                child
+                for child in psutil.Process().children(recursive=True)
+                if "RayTrainWorker" in " ".join(child.cmdline())
+            ]
+            os.kill(workers[-1].pid, signal.SIGKILL)
+            killed.append(workers[-1].pid)
+        time.sleep(0.02)
+
+
+def test_a_killed_worker_costs_nothing_but_time(digits: Path, tmp_path: Path, ray_session: None) -> None:
+    reference = run(digits, tmp_path / "whole")
+    killed: list[int] = []
+    watcher = threading.Thread(
+        target=kill_a_worker_after, args=(tmp_path / "killed" / "storage", 25, killed), daemon=True
+    )
+    watcher.start()
+    summary = run(digits, tmp_path / "killed")
+    watcher.join(1)
+    assert killed
+    for name in ("backbone.safetensors", "objective.safetensors"):
+        whole, resumed = (load_file(tmp_path / run / "model" / name) for run in ("whole", "killed"))
+        assert all((resumed[key] == value).all() for key, value in whole.items())
+    assert {**summary, "images_per_second": 0} == {**reference, "images_per_second": 0}
+    rows = (tmp_path / "killed" / "history.csv").read_text().splitlines()[1:]
+    assert [float(row.split(",")[0]) for row in rows] == list(range(1, summary["steps"] + 1))
+
+
+def test_fingerprint_names_everything_that_decides_the_result(digits: Path) -> None:
+    manifest = shards.Manifest.load(digits / "train")
+    spec = runs.spec(digits / "train", "simclr")
+    base = pretrain.run_fingerprint(manifest, spec, CONFIG)
+    assert base == pretrain.run_fingerprint(manifest, spec, CONFIG)
+    others = [
+        pretrain.run_fingerprint(manifest, spec, CONFIG.model_copy(update={"learning_rate": 0.1})),
+        pretrain.run_fingerprint(manifest, spec.model_copy(update={"views": {"name": "natural"}}), CONFIG),
+        pretrain.run_fingerprint(manifest, runs.spec(digits / "train", "vicreg"), CONFIG),
+        pretrain.run_fingerprint(shards.Manifest(classes=None, shards=manifest.shards[1:]), spec, CONFIG),
+    ]
+    assert len({base, *others}) == 5
+
+
+def test_options_of_methods_that_are_not_chosen_do_not_start_a_run_afresh(digits: Path) -> None:
+    manifest = shards.Manifest.load(digits / "train")
+    spec = runs.spec(digits / "train", "simclr")
+    waiting = spec.model_copy(update={"objective": {**spec.objective, "vicreg": {"variance": 9.0}}})
+    assert pretrain.run_fingerprint(manifest, waiting, CONFIG) == pretrain.run_fingerprint(manifest, spec, CONFIG)
+
+
+def test_damaged_training_data_is_refused_before_training(digits: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(digits / "train", tmp_path / "train")
+    path = next((tmp_path / "train").glob("train-*.tar"))
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 255
+    path.write_bytes(bytes(content))
+    spec = runs.spec(digits / "train", "simclr")
+    with pytest.raises(ValueError, match="is damaged"):
+        pretrain.pretrain(
+            tmp_path / "train", spec, CONFIG, place(tmp_path), out=tmp_path / "m", history=tmp_path / "h.csv"
+        )
+
+
+def test_code_of_the_chosen_plugins_is_in_the_fingerprint() -> None:
+    package = Path(lineage.__file__).parent
+    imported = lineage.imported_files(package / "training" / "pretrain.py")
+    assert package / "objectives" / "simclr.py" not in imported  # so that it must be, and is, added by name
+    assert package / "training" / "loop.py" in imported
