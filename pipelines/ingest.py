@@ -12,6 +12,10 @@ def main() -> None:
     with cluster.session():
         counts = ingest.ingest(sources.open_source(source), config, labels=source.labels, out=Path("data/shards"))
     files.write_json("metrics/ingest.json", counts)
+    print(
+        f"{counts['files_seen']:,} files: {counts['samples']:,} samples, {counts['duplicates']:,} duplicates, "
+        f"{counts['rejects']:,} rejected {counts['rejects_by_reason'] or ''}"
+    )
 
 
 if __name__ == "__main__":

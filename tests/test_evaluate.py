@@ -13,7 +13,7 @@ from darkmatter import evaluate, images, model, report, shards
 
 SECTION = {
     "seed": 0,
-    "few_shot": {"ways": [5], "shots": [1, 5], "episodes": 200, "queries": 5},
+    "few_shot": {"ways": [5], "shots": [1, 5, 500], "episodes": 200, "queries": 5},
     "knn": {"neighbours": 5, "temperature": 0.07},
     "rankme": {},
     "energy_margin": {},
@@ -32,11 +32,16 @@ def results(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> evaluate.
     return evaluate.evaluate(folder / "model", digits / "shards", SECTION, champion=champion)
 
 
+def measured(results: evaluate.Results) -> list[dict]:
+    return [row for row in results.tree["few_shot"].values() if "skipped" not in row]
+
+
 def test_every_subject_is_scored_on_every_protocol(results: evaluate.Results, digits: Path) -> None:
     manifest = shards.Manifest.load(digits / "shards")
     assert results.tree["test_samples"] == results.tree["labelled"] == manifest.samples("test")
-    assert list(results.tree["few_shot"]) == ["5-way 1-shot", "5-way 5-shot"]
-    for row in results.tree["few_shot"].values():
+    assert list(results.tree["few_shot"]) == ["5-way 1-shot", "5-way 5-shot", "5-way 500-shot"]
+    assert results.tree["few_shot"]["5-way 500-shot"] == {"skipped": "0 classes have 505 labelled test samples"}
+    for row in measured(results):
         assert set(row) == {"pretrained", "untrained", "pixels", "champion", "advantage"}
         assert set(row["advantage"]) == {"untrained", "pixels", "champion"}
     assert set(results.tree["energy_margin"]["auroc"]) == {"pretrained", "untrained"}
@@ -54,7 +59,7 @@ def test_pretraining_helps(results: evaluate.Results) -> None:
 
 def test_differences_are_paired(results: evaluate.Results) -> None:
     """The champion here is raw pixels by another way: the same episodes, so no difference at all between the two."""
-    for row in results.tree["few_shot"].values():
+    for row in measured(results):
         assert row["champion"] == row["pixels"]
         assert row["advantage"]["champion"] == row["advantage"]["pixels"]
         separate = np.hypot(row["pretrained"]["ci95"], row["pixels"]["ci95"])
@@ -89,6 +94,6 @@ def test_a_page_is_made_of_it(results: evaluate.Results, tmp_path: Path) -> None
     assert "http" not in html.replace("http-equiv", "")
     assert "Refused: the model is not not collapsed" not in html
     assert "&lt;more&gt;" in html
-    for words in ("5-way 5-shot", "pretrained", "champion", "pixels", "FAIL  not collapsed"):
+    for words in ("5-way 5-shot", "pretrained", "champion", "pixels", "FAIL  not collapsed", "not measured: 0 classes"):
         assert words in text
     assert "Refused" in page.verdict()

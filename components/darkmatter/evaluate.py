@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from darkmatter import evaluations, health, images, model, plugin, shards, training_set
 from darkmatter.augmentations import Views
-from darkmatter.evaluations import Score, Subject
+from darkmatter.evaluations import Score, Skipped, Subject
 from darkmatter.objectives import Objective
 from darkmatter.params import Config, ParamsError
 from darkmatter.stream import permutation
@@ -27,7 +27,7 @@ Embed = Callable[[Pictures, Sequence[bytes]], Float[np.ndarray, "batch features"
 class Results:
     tree: dict[str, Any]
     """evaluation -> protocol -> subject -> {mean, ci95}; beside the subjects `advantage` -> subject -> {mean, ci95}, the
-    paired difference of the pretrained network to it."""
+    paired difference of the pretrained network to it. What could not be measured: protocol -> skipped -> reason."""
     energies: tuple[Float[np.ndarray, " samples"], Float[np.ndarray, " samples"]]
     """Of compatible and of incompatible pairs, by the pretrained network."""
 
@@ -93,21 +93,26 @@ def evaluate(
     return Results(tree=tree, energies=energies["pretrained"])
 
 
-def _tabulate(scores: Mapping[str, Sequence[Score]]) -> dict[str, Any]:
+def _tabulate(found: Mapping[str, Sequence[Score | Skipped]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
-    for subject, ours in scores.items():
-        for score in ours:
+    reference = {score.name: score for score in found["pretrained"] if isinstance(score, Score)}
+    for subject, scores in found.items():
+        for score in scores:
             row = table.setdefault(score.name, {})
-            row[subject] = {"mean": round(score.mean, 6), "ci95": None if score.ci95 is None else round(score.ci95, 6)}
-    reference = {score.name: score.draws for score in scores["pretrained"]}
-    for subject, theirs in scores.items():
-        for score in theirs:
-            draws = reference.get(score.name)
-            if subject != "pretrained" and draws is not None and score.draws is not None:
-                difference = evaluations.of_draws(score.name, draws - score.draws)
-                entry = {"mean": round(difference.mean, 6), "ci95": round(difference.ci95 or 0.0, 6)}
-                table[score.name].setdefault("advantage", {})[subject] = entry
+            if isinstance(score, Skipped):
+                row["skipped"] = score.reason
+                continue
+            row[subject] = _entry(score)
+            ours = reference.get(score.name)
+            if subject != "pretrained" and ours is not None and ours.draws is not None and score.draws is not None:
+                difference = evaluations.of_draws(score.name, ours.draws - score.draws)
+                row.setdefault("advantage", {})[subject] = _entry(difference)
     return table
+
+
+def _entry(score: Score) -> dict[str, Any]:
+    entry: dict[str, Any] = {"mean": round(score.mean, 6), "ci95": None if score.ci95 is None else round(score.ci95, 6)}
+    return entry if score.classes is None else {**entry, "classes": score.classes}
 
 
 def _embed(objective: Objective, pictures: Pictures) -> Float[np.ndarray, "batch features"]:

@@ -30,7 +30,7 @@ def contact_sheet(originals: Sequence[np.ndarray], views: np.ndarray, path: Path
 def few_shot(scores: Mapping[str, Any], path: Path) -> None:
     """Bars with 95% intervals, a group a protocol. Without labels the picture says so."""
     with _figure(path, 9, 3.6) as axes:
-        table = scores.get("few_shot", {})
+        table = {name: row for name, row in scores.get("few_shot", {}).items() if "skipped" not in row}
         subjects = [name for name in _SUBJECTS if any(name in row for row in table.values())]
         for index, subject in enumerate(subjects):
             places = np.arange(len(table)) + (index - (len(subjects) - 1) / 2) * 0.8 / len(subjects)

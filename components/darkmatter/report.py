@@ -41,6 +41,7 @@ class Page:
         return template.render(
             verdict=self.verdict(),
             table=self.table(),
+            columns=self.columns(),
             decision=self.decision,
             pictures=pictures,
             metrics=self.metrics,
@@ -74,8 +75,17 @@ class Page:
                 label = (
                     protocol if evaluation in ("few_shot", protocol) else f"{evaluation.replace('_', ' ')}, {protocol}"
                 )
+                if "skipped" in row:
+                    rows.append((label, {"pretrained": f"not measured: {row['skipped']}"}))
+                    continue
+                if protocol.startswith("all-way"):
+                    label = f"{label} ({row['pretrained']['classes']} classes)"
                 rows.append((label, {name: _cell(row[name], percent) for name in _SUBJECTS if name in row}))
         return rows
+
+    def columns(self) -> list[str]:
+        """The subjects that any row has."""
+        return [name for name in _SUBJECTS if any(name in row for _, row in self.table())]
 
     def usage(self) -> dict[str, str]:
         """Commands that go on from here."""
@@ -88,7 +98,7 @@ class Page:
 
     def text(self) -> str:
         """For the terminal."""
-        subjects = [name for name in _SUBJECTS if any(name in row for _, row in self.table())]
+        subjects = self.columns()
         width = max(len(label) for label, _ in self.table()) + 2
         lines = ["", " " * width + "".join(f"{name:>17}" for name in subjects)]
         lines += [

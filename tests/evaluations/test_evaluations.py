@@ -3,7 +3,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 from darkmatter import evaluations, plugin
-from darkmatter.evaluations import Subject, energy_margin, few_shot, knn, rankme
+from darkmatter.evaluations import Skipped, Subject, energy_margin, few_shot, knn, rankme
 
 
 def subject(*, spread: float = 1.0, classes: int = 6, each: int = 40, unlabelled: int = 0) -> Subject:
@@ -74,7 +74,8 @@ def test_all_subjects_meet_the_same_episodes_and_another_seed_gives_others() -> 
 def test_classes_that_are_too_small_are_not_drawn() -> None:
     tight = few_shot.Config(ways=[5], shots=[20], episodes=5, queries=15)
     assert len(list(few_shot.scores(tight, subject(each=40), seed=0))) == 1
-    assert list(few_shot.scores(tight, subject(each=34), seed=0)) == []
+    (skipped,) = few_shot.scores(tight, subject(each=34), seed=0)
+    assert skipped == Skipped(name="5-way 20-shot", reason="0 classes have 35 labelled test samples")
 
 
 def test_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -101,7 +102,9 @@ def test_knn_is_scikit_learns() -> None:
 
 def test_knn_without_labels_says_nothing_and_ignores_unlabelled_neighbours() -> None:
     config = knn.Config(neighbours=7, temperature=0.5)
-    assert list(knn.scores(config, subject(unlabelled=240), seed=0)) == []
+    assert list(knn.scores(config, subject(unlabelled=240), seed=0)) == [
+        Skipped(name="top-1 k=7", reason="there are no labels")
+    ]
     (score,) = knn.scores(config, subject(unlabelled=39), seed=0)
     assert score.mean > 0.3
 

@@ -63,6 +63,11 @@ def test_a_protocol_that_was_not_measured_is_refused_with_what_was(tmp_path: Pat
     assert "there is: 3-way 1-shot" in failed(tmp_path / "m", scores)["better than pixels"]
 
 
+def test_a_protocol_that_could_not_be_measured_is_refused_with_the_reason(tmp_path: Path) -> None:
+    scores = changed("few_shot", {"5-way 5-shot": {"skipped": "2 classes have 20 labelled test samples"}})
+    assert "could not be measured: 2 classes" in failed(tmp_path / "m", scores)["better than pixels"]
+
+
 def test_without_labels_the_label_free_rules_decide(tmp_path: Path) -> None:
     scores = changed("labelled", 0)
     assert failed(tmp_path / "m", scores) == {}

@@ -1,7 +1,7 @@
 """What a representation is worth. One file an evaluation; each section under `evaluate` in params.yaml runs one.
 
-An evaluation module defines `Config` and `scores(config, subject, *, seed) -> Iterator[Score]`. It is called once for each
-subject with the same seed, so that all subjects meet the same episodes and their differences are paired.
+An evaluation module defines `Config` and `scores(config, subject, *, seed) -> Iterator[Score | Skipped]`. It is called
+once for each subject with the same seed, so that all meet the same episodes and their differences are paired.
 """
 
 import dataclasses
@@ -31,11 +31,20 @@ class Score:
     mean: float
     ci95: float | None = None  # half the width of the 95% interval
     draws: Float[np.ndarray, " draws"] | None = None  # the values behind the mean, for paired differences
+    classes: int | None = None  # how many there were to choose from, where the data decides that
 
 
-def of_draws(name: str, draws: Float[np.ndarray, " draws"]) -> Score:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """What the data does not allow to measure, and why."""
+
+    name: str  # of the protocol
+    reason: str
+
+
+def of_draws(name: str, draws: Float[np.ndarray, " draws"], *, classes: int | None = None) -> Score:
     """Mean and normal 95% interval of independent draws."""
-    return Score(name=name, mean=float(draws.mean()), ci95=half_width(draws), draws=draws)
+    return Score(name=name, mean=float(draws.mean()), ci95=half_width(draws), draws=draws, classes=classes)
 
 
 def half_width(draws: Float[np.ndarray, " draws"]) -> float:

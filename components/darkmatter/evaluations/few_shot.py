@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int64
 from pydantic import Field
 
-from darkmatter.evaluations import Score, Subject, of_draws, unit
+from darkmatter.evaluations import Score, Skipped, Subject, of_draws, unit
 from darkmatter.params import Config as _Config
 
 
@@ -27,21 +27,24 @@ class Config(_Config):
     """Samples a class to classify."""
 
 
-def scores(config: Config, subject: Subject, *, seed: int) -> Iterator[Score]:
+def scores(config: Config, subject: Subject, *, seed: int) -> Iterator[Score | Skipped]:
     features = unit(subject.queries, subject.bank.mean(0))
     for ways in config.ways:
         for shots in config.shots:
             classes = _classes(subject.query_labels, shots + config.queries)
             drawn = len(classes) if ways == "all" else ways
+            name = f"{ways}-way {shots}-shot"
             if len(classes) < max(2, drawn):
-                continue  # the data has too few classes of that size; the runner reports what is missing
+                least = shots + config.queries
+                yield Skipped(name=name, reason=f"{len(classes)} classes have {least} labelled test samples")
+                continue
             random = np.random.default_rng([seed, drawn, shots])
             accuracies = np.empty(config.episodes)
             for episode in range(config.episodes):
                 members = [classes[index] for index in random.choice(len(classes), drawn, replace=False)]
                 picks = np.stack([random.choice(m, shots + config.queries, replace=False) for m in members])
                 accuracies[episode] = _accuracy(features[picks], shots)  # (ways, shots + queries, D)
-            yield of_draws(f"{ways}-way {shots}-shot", accuracies)
+            yield of_draws(name, accuracies, classes=drawn)
 
 
 def _classes(labels: Int64[np.ndarray, " samples"], least: int) -> list[Int64[np.ndarray, " members"]]:

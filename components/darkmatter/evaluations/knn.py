@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from pydantic import Field
 
-from darkmatter.evaluations import Score, Subject, half_width, unit
+from darkmatter.evaluations import Score, Skipped, Subject, half_width, unit
 from darkmatter.params import Config as _Config
 
 
@@ -21,10 +21,12 @@ class Config(_Config):
     """The lower, the more the nearest decide; the paper has 0.07."""
 
 
-def scores(config: Config, subject: Subject, *, seed: int) -> Iterator[Score]:
+def scores(config: Config, subject: Subject, *, seed: int) -> Iterator[Score | Skipped]:
     known = subject.bank_labels >= 0
     asked = subject.query_labels >= 0
+    name = f"top-1 k={config.neighbours}"
     if not known.any() or not asked.any():
+        yield Skipped(name=name, reason="there are no labels")
         return
     centre = subject.bank.mean(0)
     bank, labels = unit(subject.bank[known], centre), subject.bank_labels[known]
@@ -36,7 +38,7 @@ def scores(config: Config, subject: Subject, *, seed: int) -> Iterator[Score]:
         == (subject.query_labels[asked])
     )
     right = right.astype(np.float64)
-    yield Score(name=f"top-1 k={config.neighbours}", mean=float(right.mean()), ci95=half_width(right), draws=right)
+    yield Score(name=name, mean=float(right.mean()), ci95=half_width(right), draws=right)
 
 
 def _predict(queries: np.ndarray, bank: np.ndarray, labels: np.ndarray, config: Config) -> np.ndarray:

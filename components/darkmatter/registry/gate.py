@@ -70,9 +70,11 @@ def _better_than(scores: Mapping[str, Any], config: RegisterConfig, subject: str
     if not scores["labelled"]:
         return Rule(name=name, passed=subject != "champion", reason="cannot be decided: the test split has no labels")
     if config.protocol not in few_shot:
-        known = ", ".join(few_shot) or "none; the test split has too few labelled samples a class"
+        known = ", ".join(few_shot) or "none"
         return Rule(name=name, passed=False, reason=f"there is no protocol {config.protocol!r} (there is: {known})")
     table = few_shot[config.protocol]
+    if "skipped" in table:
+        return Rule(name=name, passed=False, reason=f"{config.protocol} could not be measured: {table['skipped']}")
     ours, theirs, gap = table["pretrained"], table[subject], table["advantage"][subject]
     passed = gap["mean"] - gap["ci95"] > 0
     reason = (

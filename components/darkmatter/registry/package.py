@@ -176,7 +176,7 @@ def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
     for evaluation, table in scores.items():
         for protocol, row in table.items() if isinstance(table, Mapping) else ():
             for subject, value in row.items():
-                if subject != "advantage":
+                if subject not in ("advantage", "skipped"):
                     name = f"{evaluation}/{protocol}/{subject}".replace("=", " ")
                     found[name] = value["mean"]
     return found
@@ -210,6 +210,7 @@ def _card(
         + " | ".join(_cell(row.get(subject)) for subject in ("pretrained", "untrained", "pixels", "champion"))
         + " |"
         for protocol, row in scores.get("few_shot", {}).items()
+        if "skipped" not in row
     )
     margin = scores["energy_margin"]["auroc"]["pretrained"]
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
