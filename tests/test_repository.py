@@ -114,6 +114,11 @@ def test_plugins_of_a_stage_are_deps_where_they_are_loaded() -> None:
             )
 
 
+def test_compiled_files_are_no_dependency() -> None:
+    """DVC hashes whole folders of code; with __pycache__ in them, importing a module would rerun stages."""
+    assert "__pycache__" in (ROOT / ".dvcignore").read_text().splitlines()
+
+
 def test_every_section_of_params_is_a_param_of_some_stage_except_place() -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     read = {str(key).split(".")[0] for stage in stages.values() for key in stage["params"] if isinstance(key, str)}

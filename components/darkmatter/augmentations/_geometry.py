@@ -23,7 +23,7 @@ def affine(
         angle: in radians.
         shear: of x by y.
     """
-    angle = torch.as_tensor(angle).expand_as(centre[0])
+    angle = torch.as_tensor(angle, device=centre[0].device).expand_as(centre[0])
     cos, sin = torch.cos(angle), torch.sin(angle)
     x = torch.stack([extent[0] * cos, extent[0] * (shear * cos - sin), centre[0]], dim=1)
     y = torch.stack([extent[1] * sin, extent[1] * (shear * sin + cos), centre[1]], dim=1)

@@ -1,0 +1,64 @@
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from darkmatter import cluster
+
+SCRIPT = """
+from darkmatter import cluster
+with cluster.session():
+    import ray
+    assert len(ray.nodes()) == 1
+    print(cluster.map_tasks(lambda a, b: a * b, [(2, 3), (4, 5)], "multiplying"), ray.get_runtime_context().gcs_address)
+"""
+
+
+def test_tasks_come_back_in_order(ray_session: None) -> None:
+    tasks = [(number, 7) for number in range(20)]
+    assert cluster.map_tasks(lambda a, b: (a // b, a % b), tasks, "x") == [divmod(a, b) for a, b in tasks]
+
+
+def test_an_exception_of_a_task_is_raised_here(ray_session: None) -> None:
+    with pytest.raises(ZeroDivisionError):
+        cluster.map_tasks(lambda a, b: a / b, [(1, 1), (1, 0)], "x")
+
+
+def test_with_ray_address_it_attaches_and_leaves_the_cluster_running(ray_session: None) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-c", SCRIPT], env={**os.environ, "RAY_ADDRESS": address}, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.strip().endswith(f"[6, 20] {address}")
+
+
+def test_a_cluster_of_its_own_writes_no_token_to_disk(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env={**environment, "HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "[6, 20]" in run.stdout
+    assert not list(tmp_path.rglob("auth_token")), [oct(stat.S_IMODE(p.stat().st_mode)) for p in tmp_path.rglob("*")]
+
+
+def test_without_the_token_nobody_gets_in(ray_session: None) -> None:
+    import ray
+
+    stranger = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**stranger, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "HOME": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode != 0
+    assert "Auth" in run.stderr
