@@ -1,6 +1,8 @@
 """The stage on real digits with a short real training."""
 
+import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 import runs
 
-from darkmatter import evaluate, images, model, report, shards
+from darkmatter import evaluate, images, model, params, pictures, registry, report, shards
+from darkmatter.registry import gate
 
 SECTION = {
     "seed": 0,
@@ -21,15 +24,21 @@ SECTION = {
 
 
 @pytest.fixture(scope="module")
-def results(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> evaluate.Results:
+def model_folder(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     longer = runs.CONFIG.model_copy(update={"epochs": 20, "log_every": 50, "save_every": 100, "health_every": 100})
     state = runs.run(digits / "train", folder / "run", "vicreg", config=longer)
     model.save(folder / "model", state.objective, runs.spec(digits / "train", "vicreg"), {"seed": 0})
-    champion = lambda contents: np.stack(  # noqa: E731
-        [images.fit(images.decode(one), size=28, channels=1).ravel() / 255 for one in contents]
-    ).astype(np.float32)
-    return evaluate.evaluate(folder / "model", digits / "shards", SECTION, champion=champion)
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def results(digits: Path, model_folder: Path) -> evaluate.Results:
+    def champion(contents: Sequence[bytes]) -> np.ndarray:
+        pixels = [images.fit(images.decode(one), size=28, channels=1).ravel() / 255 for one in contents]
+        return np.stack(pixels).astype(np.float32)
+
+    return evaluate.evaluate(model_folder, digits / "shards", SECTION, champion=champion)
 
 
 def measured(results: evaluate.Results) -> list[dict]:
@@ -66,9 +75,26 @@ def test_differences_are_paired(results: evaluate.Results) -> None:
         assert row["advantage"]["pixels"]["ci95"] < separate
 
 
-def test_a_page_is_made_of_it(results: evaluate.Results, tmp_path: Path) -> None:
-    from darkmatter import params, pictures
+def test_without_labels_what_needs_them_is_named_and_the_rest_is_measured(
+    digits: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    labelled = shards.Manifest.load(digits / "shards")
+    parts = [dataclasses.replace(shard, labels=None) for shard in labelled.shards]
+    for shard in parts:
+        (tmp_path / shard.path).symlink_to(digits / "shards" / shard.path)
+    shards.Manifest(classes=None, shards=parts).save(tmp_path)
+    results = evaluate.evaluate(model_folder, tmp_path, SECTION, champion=None)
+    assert results.tree["labelled"] == 0
+    assert all("skipped" in row for row in results.tree["few_shot"].values())
+    assert results.tree["knn"] == {"top-1 k=5": {"skipped": "there are no labels"}}
+    assert results.tree["energy_margin"]["auroc"]["pretrained"]["mean"] > 0.6
+    assert results.tree["rankme"]["rankme"]["pretrained"]["mean"] > 1
+    pictures.few_shot(results.tree, tmp_path / "few_shot.png")
+    config = registry.RegisterConfig(model="m", protocol="5-way 5-shot", min_energy_margin=0.6)
+    assert all(rule.passed for rule in gate.to_register(model_folder, results.tree, config))
 
+
+def test_a_page_is_made_of_it(results: evaluate.Results, tmp_path: Path) -> None:
     plots = tmp_path / "plots"
     pictures.few_shot(results.tree, plots / "few_shot.png")
     pictures.energies(*results.energies, plots / "energies.png")

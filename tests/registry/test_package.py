@@ -145,3 +145,22 @@ def test_a_version_says_where_it_comes_from(store: Path) -> None:
     losses = client.get_metric_history(version.run_id, "train/loss")
     assert [(metric.step, metric.value) for metric in losses] == [(10, 3.0), (20, 2.0)]
     assert {file.path for file in client.list_artifacts(version.run_id)} >= {"MODEL_CARD.md", "note.txt"}
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"name": "small_conv"},
+        *({"name": "timm", "timm": {"model": name}} for name in ("resnet18", "vit_tiny_patch16_224", "convnext_atto")),
+    ],
+    ids=str,
+)
+def test_the_exported_program_is_the_network_for_any_batch(backbone: dict, tmp_path: Path) -> None:
+    spec = trained.save(tmp_path / "m").model_copy(update={"backbone": backbone})
+    spec = spec.model_copy(update={"images": spec.images.model_copy(update={"image_size": 32})})
+    network = model.build(spec, seed=0).backbone.eval()
+    program = package.export(network, spec).module()
+    for batch in (1, 2, 5):
+        images = torch.rand(batch, 1, 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(program(images), network(images), rtol=1e-4, atol=1e-5)

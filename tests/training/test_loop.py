@@ -37,7 +37,7 @@ def test_a_killed_run_ends_in_the_same_state_bit_for_bit(objective: str, digits:
     state = runs.run(digits / "train", folder, objective)
     assert steps[0] < steps[1] < state.step
     assert runs.digest(state.state_dict()) == reference
-    total = 4 * (len_train(digits) // 32)
+    total = runs.CONFIG.epochs * (len_train(digits) // runs.CONFIG.batch_size)
     assert state.step == total
     assert [row["step"] for row in checkpoint.read_history(folder)] == list(range(1, total + 1))
 

@@ -99,6 +99,15 @@ def test_damaged_training_data_is_refused_before_training(digits: Path, tmp_path
         )
 
 
+@pytest.mark.parametrize(("batch", "message"), [(31, "cannot be shared evenly by 2 workers"), (9000, "over the")])
+def test_an_impossible_batch_is_refused_before_training(batch: int, message: str, digits: Path, tmp_path: Path) -> None:
+    spec, config = runs.spec(digits / "train", "simclr"), CONFIG.model_copy(update={"batch_size": batch})
+    with pytest.raises(ValueError, match=message):
+        pretrain.pretrain(
+            digits / "train", spec, config, place(tmp_path), out=tmp_path / "m", history=tmp_path / "h.csv"
+        )
+
+
 def test_code_of_the_chosen_plugins_is_in_the_fingerprint() -> None:
     package = Path(lineage.__file__).parent
     imported = lineage.imported_files(package / "training" / "pretrain.py")

@@ -21,7 +21,7 @@ class PretrainConfig(Config):
     weight_decay: float = Field(ge=0)
     """On weights only, not on biases and norms."""
     log_every: int = Field(gt=0)
-    """Steps between two rows of the history."""
+    """Steps between two rows of the history; every checkpoint has a row as well."""
     save_every: int = Field(gt=0)
     """Steps between two checkpoints; a kill costs at most this much."""
     health_every: int = Field(gt=0)

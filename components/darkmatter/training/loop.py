@@ -1,6 +1,7 @@
 """The training loop. There is one."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,16 +91,17 @@ def fit(
         state.step += 1
 
         row: dict[str, float] = {}
-        if state.step % config.log_every == 0 or state.step == total:
+        saving = state.step % config.save_every == 0 or state.step == total
+        if saving or state.step % config.log_every == 0:
             row |= {name: float(collectives.mean(value.detach())) for name, value in terms.items()}
-            if not all(map(_is_finite, row.values())):
+            if not all(map(math.isfinite, row.values())):  # before it is saved
                 raise FloatingPointError(f"the loss is not finite at step {state.step}: {row}; lower the learning rate")
         if state.step % config.health_every == 0 or state.step == total:
             row |= look(objective, first, second, device)
         if row and history:
             row |= {"learning_rate": state.optimizer.param_groups[0]["lr"], "epoch": batch.epoch}
             history.append({"step": state.step, **row, **meter.read(state.step)})
-        if history and (state.step % config.save_every == 0 or state.step == total):
+        if history and saving:
             checkpoint.save(folder, state.step, state.state_dict())
     return state
 
@@ -128,10 +130,6 @@ def look(objective: Objective, first: torch.Tensor, second: torch.Tensor, device
         "energy_margin": health.auroc(compatible.float(), incompatible.float()),
         "rankme": health.rankme(embeddings),
     }
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0
 
 
 class _Meter:

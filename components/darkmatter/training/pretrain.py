@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from darkmatter import cluster, collectives, files, lineage, model, plugin, shards, training_set
+from darkmatter.augmentations import ImageBatch
 from darkmatter.stream import Stream
 from darkmatter.training import PretrainConfig, checkpoint, loop
 
@@ -39,12 +40,17 @@ def pretrain(
         out: of the export.
         history: CSV to write, a row for every look at the run.
 
+    Raises:
+        ValueError: damaged data, or a batch that the workers cannot share or the data cannot fill.
+
     Returns:
         Summary: steps, images, images_per_second, final terms, energy_margin, rankme, fingerprint.
     """
     manifest = shards.Manifest.load(train_folder)
     manifest.verify(train_folder)
-    steps = config.epochs * (manifest.samples("train") // config.batch_size)
+    with shards.Reader(train_folder, manifest, "train") as reader:  # what cannot be shared out is refused here
+        whole = _stream(reader, spec, config, rank=0, world_size=place.workers, threads=1)
+    steps = config.epochs * whole.steps_per_epoch
     fingerprint = run_fingerprint(manifest, spec, config)
     folder = Path(place.storage).resolve() / f"pretrain-{fingerprint}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,27 +85,27 @@ def work(job: dict[str, Any], device: torch.device) -> None:
     spec = model.ModelSpec(**job["spec"])
     train_folder = Path(job["train_folder"])
     views = training_set.choose_views(spec.views, spec.images.image_size)
-    load = training_set.batch_loader(spec.images)
     contents = training_set.held_out(train_folder, _HELD_OUT)
     with shards.Reader(train_folder, shards.Manifest.load(train_folder), "train") as reader:
-        stream = Stream(
-            reader,
-            load,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            rank=collectives.rank(),
-            world_size=collectives.world_size(),
-            threads=job["threads"],
-        )
+        rank, world_size = collectives.rank(), collectives.world_size()
+        stream = _stream(reader, spec, config, rank=rank, world_size=world_size, threads=job["threads"])
         loop.fit(
             model.build(spec, seed=config.seed),
             stream,
             views,
-            load(contents, np.arange(len(contents))),
+            training_set.batch_loader(spec.images)(contents, np.arange(len(contents))),
             config,
             folder=Path(job["folder"]),
             device=device,
         )
+
+
+def _stream(
+    reader: shards.Reader, spec: model.ModelSpec, config: PretrainConfig, *, rank: int, world_size: int, threads: int
+) -> Stream[ImageBatch]:
+    load = training_set.batch_loader(spec.images)
+    share = {"rank": rank, "world_size": world_size, "threads": threads}
+    return Stream(reader, load, batch_size=config.batch_size, seed=config.seed, **share)
 
 
 def run_fingerprint(manifest: shards.Manifest, spec: model.ModelSpec, config: PretrainConfig) -> str:
