@@ -46,6 +46,26 @@ def test_folder_takes_its_name_only_when_the_block_ends_well(tmp_path: Path) -> 
     assert (tmp_path / "out" / "a").read_text() == "old"
 
 
+def _replace_for_ever(path: str) -> None:
+    for number in range(10**9):
+        with files.whole_folder(path) as folder:
+            for name in range(20):
+                (folder / str(name)).write_text(str(number))
+
+
+def test_a_kill_while_a_folder_is_replaced_leaves_it_whole_or_absent(tmp_path: Path) -> None:
+    for moment in range(12):
+        process = multiprocessing.get_context("fork").Process(target=_replace_for_ever, args=(str(tmp_path / "out"),))
+        process.start()
+        time.sleep(0.03 + 0.007 * moment)
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+        if (tmp_path / "out").exists():
+            contents = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+            assert len(contents) == 20
+            assert len(set(contents.values())) == 1
+
+
 def test_folder_left_by_a_killed_stage_does_not_leak_into_the_next(tmp_path: Path) -> None:
     (tmp_path / ".out.tmp").mkdir()
     (tmp_path / ".out.tmp" / "stale").write_text("")

@@ -43,8 +43,18 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(path, ignore_errors=True)
+    remove_folder(path)
     os.replace(temporary, path)
+
+
+def remove_folder(path: str | Path) -> None:
+    """Removes a folder, if there is one, so that after a kill it is there whole or not at all."""
+    path = Path(path)
+    leaving = path.with_name(f".{path.name}.old")
+    shutil.rmtree(leaving, ignore_errors=True)
+    if path.exists():
+        os.replace(path, leaving)
+        shutil.rmtree(leaving)
 
 
 def sha256(path: str | Path) -> str:

@@ -7,7 +7,6 @@
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         files.write(temporary / "sha256", files.sha256(temporary / "state.pt"))
     for old in _newest_first(folder)[_KEEP:]:
-        shutil.rmtree(old)
+        files.remove_folder(old)
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
