@@ -82,11 +82,13 @@ def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig
     find its last checkpoint by itself.
 
     Raises:
+        ValueError: this machine has too few CPUs or GPUs; Ray would wait for them for ever.
         RuntimeError: training ended for good; the message is the worker's.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    _check_resources(place)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"function": function, "job": job},
@@ -100,10 +102,23 @@ def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig
             name=name,
             storage_path=str(Path(place.storage).resolve() / "ray"),
             failure_config=FailureConfig(max_failures=place.max_restarts),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
     trainer.fit()
+
+
+def _check_resources(place: PlaceConfig) -> None:
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        return  # a cluster may grow
+    there = ray.cluster_resources()
+    for kind, needed in (("GPU", place.workers * place.gpu), ("CPU", place.workers * place.cpus_per_worker)):
+        if needed > there.get(kind, 0):
+            raise ValueError(
+                f"place asks for {needed} {kind}s ({place.workers} workers), this machine has {there.get(kind, 0):.0f}; "
+                "lower place.workers, place.cpus_per_worker or place.gpu"
+            )
 
 
 def _work(call: dict[str, Any]) -> None:
