@@ -60,12 +60,14 @@ def evaluate(
         champion: image files to embeddings.
     """
     seed, chosen = plan(section)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained, spec, provenance = model.load(model_folder)
-    untrained = model.build(spec, seed=provenance["seed"])
+    untrained = model.build(spec, seed=provenance["seed"]).to(device)
+    trained = trained.to(device)
     views = training_set.choose_views(spec.views, spec.images.image_size)
     embedders: dict[str, Embed] = {
-        "pretrained": lambda pictures, _: _embed(trained, pictures),
-        "untrained": lambda pictures, _: _embed(untrained, pictures),
+        "pretrained": lambda pictures, _: _embed(trained, pictures, device),
+        "untrained": lambda pictures, _: _embed(untrained, pictures, device),
         "pixels": lambda pictures, _: pictures.reshape(len(pictures), -1).astype(np.float32) / 255,
     }
     if champion is not None:
@@ -74,7 +76,8 @@ def evaluate(
     manifest = shards.Manifest.load(shards_folder)
     bank, bank_labels = _features(shards_folder, manifest, "train", embedders, spec)
     queries, query_labels = _features(shards_folder, manifest, "test", embedders, spec)
-    energies = _energies(shards_folder, manifest, views, spec, {"pretrained": trained, "untrained": untrained}, seed)
+    networks = {"pretrained": trained, "untrained": untrained}
+    energies = _energies(shards_folder, manifest, views, spec, networks, seed, device)
     subjects = [
         Subject(
             name=name,
@@ -115,8 +118,8 @@ def _entry(score: Score) -> dict[str, Any]:
     return entry if score.classes is None else {**entry, "classes": score.classes}
 
 
-def _embed(objective: Objective, pictures: Pictures) -> Float[np.ndarray, "batch features"]:
-    return health.embeddings(objective, torch.from_numpy(pictures).float() / 255).numpy()
+def _embed(objective: Objective, pictures: Pictures, device: torch.device) -> Float[np.ndarray, "batch features"]:
+    return health.embeddings(objective, torch.from_numpy(pictures).to(device).float() / 255).numpy()
 
 
 def _features(
@@ -148,6 +151,7 @@ def _energies(
     spec: model.ModelSpec,
     objectives: Mapping[str, Objective],
     seed: int,
+    device: torch.device,
 ) -> dict[str, tuple[Float[np.ndarray, " samples"], Float[np.ndarray, " samples"]]]:
     """Of each test sample: the energy of two of its views, and of one of them with a view of another sample."""
     parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in objectives}
@@ -162,11 +166,11 @@ def _energies(
                 )
                 for one in map(reader.read, chosen.tolist())
             ]
-            batch = load(prepared, chosen)
+            batch = load(prepared, chosen).to(device)
             first, second, *_ = views(batch, seed=seed, epoch=0)
             for name, objective in objectives.items():
                 compatible, incompatible = health.pair_energies(objective, first, second)
-                parts[name].append((compatible.float().numpy(), incompatible.float().numpy()))
+                parts[name].append((compatible.float().cpu().numpy(), incompatible.float().cpu().numpy()))
     return {
         name: (np.concatenate([one for one, _ in some]), np.concatenate([two for _, two in some]))
         for name, some in parts.items()

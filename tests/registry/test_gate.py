@@ -37,6 +37,11 @@ def test_a_collapsed_model_is_refused_with_its_margin(tmp_path: Path) -> None:
     assert reasons == {"not collapsed": "energy margin 0.5200 < 0.9"}
 
 
+def test_a_model_whose_margin_was_not_measured_is_refused(tmp_path: Path) -> None:
+    scores = {name: value for name, value in trained.SCORES.items() if name != "energy_margin"}
+    assert failed(tmp_path / "m", scores) == {"not collapsed": "not measured: params.yaml lacks evaluate.energy_margin"}
+
+
 @pytest.mark.parametrize("subject", ["untrained", "pixels"])
 def test_a_difference_whose_interval_holds_zero_is_refused(subject: str, tmp_path: Path) -> None:
     scores = changed(f"few_shot/5-way 5-shot/advantage/{subject}", {"mean": 0.009, "ci95": 0.01})

@@ -55,6 +55,8 @@ def _finite(model_folder: Path) -> Rule:
 
 
 def _not_collapsed(scores: Mapping[str, Any], config: RegisterConfig) -> Rule:
+    if "energy_margin" not in scores:
+        return Rule(name="not collapsed", passed=False, reason="not measured: params.yaml lacks evaluate.energy_margin")
     margin = scores["energy_margin"]["auroc"]["pretrained"]["mean"]
     passed = margin >= config.min_energy_margin
     sign = ">=" if passed else "<"
