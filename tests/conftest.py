@@ -18,8 +18,6 @@ for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
 os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # a run of seconds should not wait two for its end
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:

@@ -1,6 +1,5 @@
 """One rank and W ranks give the same loss, gradient and buffers for the same global batch: real processes over gloo."""
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from toys import NAMES, Toy, objective, views
 
+from conftest import free_port
 from darkmatter import collectives
 from darkmatter.backbones import Backbone
 from darkmatter.training import loop
@@ -48,10 +48,7 @@ def rank_main(rank: int, world_size: int, port: int, name: str, folder: str) -> 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_agree_with_one_process(name: str, world_size: int, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(rank_main, (world_size, port, name, str(tmp_path)), nprocs=world_size)
+    torch.multiprocessing.spawn(rank_main, (world_size, free_port(), name, str(tmp_path)), nprocs=world_size)
     alone = train(name)
     for rank in range(world_size):
         together = torch.load(tmp_path / f"{rank}.pt")
