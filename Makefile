@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 # DVC runs `python`; it must be this environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo show test lint check docs bench lock clean
+.PHONY: help setup demo show test lint check docs bench bench-objectives lock clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 setup: $(VENV)/installed  ## .venv from requirements.lock
 
@@ -41,11 +41,16 @@ lint: setup  ## style, types, layers
 
 check: lint test  ## what CI runs
 
-docs: setup  ## docs/params.md from the code
+docs: setup  ## docs/params.md and the tables of docs/objectives.md
 	$(BIN)/python docs/generate.py
 
 bench: setup  ## measurements, side by side; written to docs/performance.md
 	$(BIN)/python benchmarks/training.py
+
+bench-objectives: setup  ## every objective beside the others and lightly's; CLIP_ART=folder adds a second data set
+	$(BIN)/python -m pip install --quiet --no-deps lightly==1.6.0 lightly_utils==0.0.2
+	$(BIN)/python benchmarks/objectives.py --data digits=builtin:mnist $(if $(CLIP_ART),--data "clip art=folder:$(CLIP_ART)")
+	$(BIN)/python docs/generate.py
 
 lock:  ## pin again, after a change of the dependencies (needs uv)
 	uv pip compile pyproject.toml --extra demo --extra dev --universal --python-version 3.11 \

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from darkmatter import cluster, console, files, model, params, training, training_set
+from darkmatter import cluster, console, files, model, params, shards, training, training_set
 from darkmatter.training.pretrain import pretrain
 
 
@@ -15,6 +15,7 @@ def main() -> None:
         objective=tree["objective"],
         views=tree["augment"]["views"],
         images=training_set.load_image_spec(Path("data/train")),
+        num_samples=shards.Manifest.load(Path("data/train")).samples("train"),
     )
     with cluster.session():
         summary = pretrain(

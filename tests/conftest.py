@@ -31,14 +31,18 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
     """A folder with data/shards and data/train made of 600 of the built-in digits by the real stages."""
+    return make_digits(tmp_path_factory.mktemp("digits"), every=8)
+
+
+def make_digits(root: Path, *, every: int) -> Path:
+    """Each `every`-th of the 5,000 built-in digits."""
     from darkmatter import ingest, sources, training_set
     from darkmatter.sources import builtin
 
     class Some(builtin.Mnist):
         def items(self) -> list[sources.Item]:
-            return super().items()[::8]
+            return super().items()[::every]
 
-    root = tmp_path_factory.mktemp("digits")
     config = ingest.IngestConfig(samples_per_shard=128, val_fraction=0.2, test_fraction=0.25, max_pixels=10_000)
     ingest.ingest(Some(), config, labels=True, out=root / "shards")
     training_set.build(root / "shards", augment_config(), root / "train")

@@ -39,8 +39,9 @@ def test_looking_leaves_the_mode_and_the_statistics_alone() -> None:
     from darkmatter.backbones import Backbone, small_conv
     from darkmatter.objectives import simclr
 
-    backbone = Backbone(small_conv.build(small_conv.Config(width=4), channels=1, image_size=28), mean=[0.1], std=[0.3])
-    method = simclr.build(simclr.Config(projector=[8, 4]), backbone).train()
+    network = small_conv.build(small_conv.Config(width=4), channels=1, image_size=28)
+    backbone = Backbone(network, mean=[0.1], std=[0.3], image_size=28)
+    method = simclr.build(simclr.Config(projector=[8, 4]), backbone, 6).train()
     before = {key: value.clone() for key, value in method.state_dict().items()}
     images = torch.rand(6, 1, 28, 28)
     health.pair_energies(method, images, images)

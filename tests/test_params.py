@@ -90,3 +90,11 @@ def test_configs_are_frozen_and_do_not_convert() -> None:
 def test_plugins_are_the_files_of_the_folder() -> None:
     files = (ROOT / "components/darkmatter/objectives").glob("[!_]*.py")
     assert plugin.names("objectives") == sorted(file.stem for file in files)
+
+
+def test_small_views_for_a_method_that_takes_none_are_refused() -> None:
+    right = tree()
+    views = {"name": "glyphs", "glyphs": {"local_views": 2}}
+    with pytest.raises(params.ParamsError, match=r"local_views: objective simclr takes whole views only; set it to 0"):
+        recipe.check({**right, "augment": {**right["augment"], "views": views}})
+    recipe.check({**right, "augment": {**right["augment"], "views": views}, "objective": {"name": "swav"}})

@@ -5,12 +5,13 @@ of other ranks comes through `gather` or `mean`, whose backward passes sum what 
 parameter gradients over ranks, as DistributedDataParallel does, then gives the gradient of the global loss.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -23,7 +24,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def gather(x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "global_batch *rest"]:
+def gather(x: Shaped[Tensor, "batch *rest"]) -> Shaped[Tensor, "global_batch *rest"]:
     """Concatenates the ranks' equally large batches in rank order. The gradient of a row is summed over all ranks."""
     return _Gather.apply(x) if world_size() > 1 else x
 
@@ -31,6 +32,15 @@ def gather(x: Float[Tensor, "batch *rest"]) -> Float[Tensor, "global_batch *rest
 def mean(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The mean over ranks, with gradient."""
     return _Sum.apply(x) / world_size() if world_size() > 1 else x
+
+
+def draw(sample: Callable[[int], Tensor], batch: int) -> Tensor:
+    """This rank's rows of `sample(size of the global batch)`, for random numbers that the number of ranks must not change.
+
+    Every rank seeds its generator alike and draws for all; so all generators stay alike as well.
+    """
+    start = rank() * batch
+    return sample(batch * world_size())[start : start + batch]
 
 
 class _Gather(torch.autograd.Function):

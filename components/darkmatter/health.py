@@ -7,7 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from darkmatter.console import Stopped
 from darkmatter.objectives import Images, Objective
+
+
+class Collapsed(Stopped):
+    """The energy no longer tells compatible pairs from others: training on would only spend time."""
 
 
 def auroc(low: Float[Tensor, " m"], high: Float[Tensor, " n"]) -> float:

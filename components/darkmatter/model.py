@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from darkmatter.objectives import Objective
 from darkmatter.params import Config
 from darkmatter.training_set import ImageSpec
 
-_FORMAT = 1
+_FORMAT = 2
 _PREFIX = "backbone."
 
 
@@ -34,6 +35,8 @@ class ModelSpec(Config):
     """The section `augment.views`: what a compatible pair is."""
     images: ImageSpec
     """Size, channels and statistics."""
+    num_samples: int = Field(gt=0)
+    """Of the training split; some methods remember each one."""
 
 
 def build(spec: ModelSpec, *, seed: int) -> Objective:
@@ -45,8 +48,9 @@ def build(spec: ModelSpec, *, seed: int) -> Objective:
         network = backbone_module.build(
             backbone_options, channels=spec.images.channels, image_size=spec.images.image_size
         )
-        backbone = Backbone(network, mean=spec.images.mean, std=spec.images.std)
-        return objective_module.build(objective_options, backbone)
+        images = spec.images
+        backbone = Backbone(network, mean=images.mean, std=images.std, image_size=images.image_size)
+        return objective_module.build(objective_options, backbone, spec.num_samples)
 
 
 def save(folder: Path, objective: Objective, spec: ModelSpec, provenance: dict[str, Any]) -> None:

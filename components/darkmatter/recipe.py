@@ -10,7 +10,7 @@ from darkmatter.params import ParamsError, parse
 from darkmatter.registry import RegisterConfig
 from darkmatter.sources import SourceConfig
 from darkmatter.training import PretrainConfig
-from darkmatter.training_set import AugmentConfig, ImageSpec
+from darkmatter.training_set import AugmentConfig, ImageSpec, choose_views
 
 
 def check(tree: Mapping[str, Mapping[str, Any]]) -> None:
@@ -22,7 +22,7 @@ def check(tree: Mapping[str, Mapping[str, Any]]) -> None:
     source = parse(SourceConfig, tree["source"], where="source")
     ingest = parse(IngestConfig, tree["ingest"], where="ingest")
     augment = parse(AugmentConfig, tree["augment"], where="augment")
-    parse(PretrainConfig, tree["pretrain"], where="pretrain")
+    pretrain = parse(PretrainConfig, tree["pretrain"], where="pretrain")
     parse(RegisterConfig, tree["register"], where="register")
     parse(PlaceConfig, tree["place"], where="place")
     sources.open_source(source)
@@ -50,5 +50,11 @@ def check(tree: Mapping[str, Mapping[str, Any]]) -> None:
             mean=[0.5] * augment.channels,
             std=[0.5] * augment.channels,
         ),
+        num_samples=pretrain.batch_size,
     )
-    model.build(spec, seed=0)
+    objective = model.build(spec, seed=0)
+    if choose_views(augment.views, augment.image_size).num_local_views and not objective.takes_local_views:
+        name = augment.views["name"]
+        raise ParamsError(
+            f"augment.views.{name}.local_views: objective {tree['objective']['name']} takes whole views only; set it to 0"
+        )

@@ -36,7 +36,7 @@ def rows(whole: ImageBatch, chosen: torch.Tensor) -> ImageBatch:
 def test_views_are_pixels_of_the_asked_size(name: str, channels: int) -> None:
     policy = build(name)
     views = policy(batch(channels), seed=0, epoch=0)
-    assert len(views) == policy.num_views >= 2
+    assert len(views) == 2
     for view in views:
         assert view.shape == (12, channels, 24, 24)
         assert view.dtype == torch.float32
@@ -61,6 +61,39 @@ def test_views_differ_by_number_epoch_and_seed_and_repeat_exactly(name: str) -> 
     assert torch.equal(policy(whole, seed=0, epoch=0)[0], first)
     for other in (second, policy(whole, seed=1, epoch=0)[0], policy(whole, seed=0, epoch=1)[0]):
         assert ((other - first).abs().amax((1, 2, 3)) > 0.01).all()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_local_views_follow_the_whole_ones_and_change_none_of_them(name: str) -> None:
+    policy, whole = build(name, local_views=3, local_scale=0.5), batch()
+    assert policy.num_local_views == 3
+    views = policy(whole, seed=0, epoch=0)
+    assert [view.shape[-1] for view in views] == [24, 24, 12, 12, 12]
+    assert all(view.min() >= 0 and view.max() <= 1 for view in views)
+    assert all(torch.equal(a, b) for a, b in zip(views, build(name)(whole, seed=0, epoch=0), strict=False))
+    assert not torch.equal(views[2], views[3])
+    one = policy(whole, seed=0, epoch=0, whole=1)
+    assert len(one) == 4
+    assert all(torch.equal(a, b) for a, b in zip(one[1:], views[2:], strict=True))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_local_views_show_less_of_the_image(name: str) -> None:
+    """On a horizontal ramp of brightness the range of a view is the width of its cut."""
+    ramp = torch.linspace(0, 255, 64).round().to(torch.uint8).expand(40, 1, 64, 64)
+    images_ = ImageBatch(pixels=ramp, sizes=torch.full((40, 2), 64), samples=torch.arange(40))
+    plain = {
+        "glyphs": {"min_contrast": 1.0, "bend": 0.0, "max_shear": 0.0, "max_degrees": 0.0, "min_area": 0.9},
+        "natural": {"blur_probability": 0.0, "min_area": 0.9},
+    }[name]
+    options = {**plain, "local_views": 1, "local_min_area": 0.1}
+    first, _, local = build(name, **options)(images_, seed=0, epoch=0)
+
+    def width(view: torch.Tensor) -> torch.Tensor:
+        return view.amax((1, 2, 3)) - view.amin((1, 2, 3))
+
+    assert width(local).mean() < 0.8 * width(first).mean()
+    assert width(local).min() > 0.1
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -131,7 +164,7 @@ def test_natural_crops_cover_the_asked_areas() -> None:
         sizes=torch.full((count, 2), 100),
         samples=torch.arange(count),
     )
-    matrix = policy._crop(many, Draws.of(seed=0, epoch=0, samples=many.samples, view=0))
+    matrix = policy._crop(many, Draws.of(seed=0, epoch=0, samples=many.samples, view=0), local=False)
     wide, high = matrix[:, 0, 0].abs(), matrix[:, 1, 1]
     area, aspect = wide * high, wide / high
     assert 0.24 < area.min() < 0.27
@@ -148,7 +181,7 @@ def test_natural_without_colour_or_blur_only_crops() -> None:
     policy = build("natural", **config)
     whole = batch()
     draws = Draws.of(seed=0, epoch=0, samples=whole.samples, view=0)
-    expected = _geometry.warp(whole, policy._crop(whole, draws), 24)
+    expected = _geometry.warp(whole, policy._crop(whole, draws, local=False), 24)
     torch.testing.assert_close(policy(whole, seed=0, epoch=0)[0], expected, rtol=0, atol=1e-5)
 
 

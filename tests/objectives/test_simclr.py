@@ -3,9 +3,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import objective, views
+from toys import objective, samples, views
 
 from darkmatter.objectives import simclr
+
+SMALL = {"projector": [8, 5]}
+DIGITS = {"projector": [64, 32]}
+
+
+def collapse(method: simclr.SimCLR, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the other samples in the denominator only the pull is left."""
+    monkeypatch.setattr(simclr, "nt_xent", lambda first, second, temperature: -(first * second).sum(1).mean())
 
 
 def nt_xent_by_equation_1(z: list[list[float]], temperature: float) -> float:
@@ -40,7 +48,7 @@ def test_objective_applies_it_to_unit_projections() -> None:
     first, second = z.chunk(2)
     expected = nt_xent_by_equation_1(torch.stack([first, second], 1).flatten(0, 1).tolist(), 0.3)
     method.load_state_dict(objective("simclr", temperature=0.3).state_dict())  # the running statistics moved
-    assert method((x, y))["loss"].item() == pytest.approx(expected, abs=1e-9)
+    assert method((x, y), samples(6))["loss"].item() == pytest.approx(expected, abs=1e-9)
 
 
 def test_energy_is_the_negative_cosine_over_the_temperature() -> None:

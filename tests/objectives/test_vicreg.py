@@ -2,9 +2,17 @@ import math
 
 import pytest
 import torch
-from toys import objective, views
+from toys import objective, samples, views
 
 from darkmatter.objectives import vicreg
+
+SMALL = {"projector": [8, 5]}
+DIGITS = {"projector": [64, 64]}
+
+
+def collapse(method: vicreg.VICReg, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its variance term."""
+    method.config = method.config.model_copy(update={"variance": 0.0})
 
 
 def terms_by_the_paper(first: list[list[float]], second: list[list[float]]) -> tuple[float, float, float]:
@@ -45,7 +53,7 @@ def test_loss_adds_them_up_with_the_coefficients_of_the_paper() -> None:
     s, v, c = terms_by_the_paper(
         method.projector(method.backbone(x)).tolist(), method.projector(method.backbone(y)).tolist()
     )
-    terms = objective("vicreg")((x, y))
+    terms = objective("vicreg")((x, y), samples(8))
     assert terms["loss"].item() == pytest.approx(25 * s + 25 * v + 1 * c, abs=1e-9)
     found = [terms[name].item() for name in ("invariance", "variance", "covariance")]
     assert found == pytest.approx([s, v, c], abs=1e-9)
@@ -54,7 +62,7 @@ def test_loss_adds_them_up_with_the_coefficients_of_the_paper() -> None:
 @pytest.mark.parametrize("term", ["invariance", "variance", "covariance"])
 def test_each_coefficient_weighs_its_own_term(term: str) -> None:
     x, y = views(8)
-    base, heavier = objective("vicreg")((x, y)), objective("vicreg", **{term: 100.0})((x, y))
+    base, heavier = objective("vicreg")((x, y), samples(8)), objective("vicreg", **{term: 100.0})((x, y), samples(8))
     usual = vicreg.Config().model_dump()[term]
     expected = base["loss"] + (100 - usual) * base[term]
     torch.testing.assert_close(heavier["loss"].detach(), expected.detach())

@@ -30,6 +30,7 @@ def save(folder: Path, *, seed: int = 0) -> model.ModelSpec:
         objective={"name": "simclr", "simclr": {"projector": [16, 8]}},
         views={"name": "glyphs"},
         images=training_set.ImageSpec(image_size=28, channels=1, max_side=28, mean=[0.13], std=[0.31]),
+        num_samples=100,
     )
     provenance = {
         "fingerprint": f"{seed:016x}", "training_data": "d" * 64, "training_samples": 100, "seed": seed, "steps": 20,

@@ -1,6 +1,7 @@
 """Small real runs on the digits, in this process or in one that will be killed."""
 
 import hashlib
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,16 +15,19 @@ from darkmatter.training import PretrainConfig, loop
 
 CONFIG = PretrainConfig(
     seed=0, epochs=8, batch_size=32, learning_rate=0.004, warmup_epochs=1, weight_decay=0.05,
-    log_every=1, save_every=7, health_every=10,
+    log_every=1, save_every=7, health_every=10, min_energy_margin=0.0,
 )  # fmt: skip
 
 
 def spec(train: Path, objective: str) -> model.ModelSpec:
+    sys.path.append(str(Path(__file__).parent.parent / "objectives"))
+    small = importlib.import_module(f"test_{objective}").SMALL
     return model.ModelSpec(
         backbone={"name": "small_conv", "small_conv": {"width": 4}},
-        objective={"name": objective, objective: {"projector": [16, 8]}},
+        objective={"name": objective, objective: small},
         views={"name": "glyphs"},
         images=training_set.load_image_spec(train),
+        num_samples=shards.Manifest.load(train).samples("train"),
     )
 
 

@@ -1,5 +1,6 @@
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +11,17 @@ import pytest
 import runs
 import torch
 
-from darkmatter import plugin
+from darkmatter import health
 from darkmatter.training import checkpoint
 
 RUNS = Path(__file__).with_name("runs.py")
 
 
-@pytest.mark.parametrize("objective", plugin.names("objectives"))
+#: One of each mechanism, those with the most to remember: queue, clusters, teacher and centre, none, decoder, code book.
+FAMILIES = ("moco", "deepcluster", "dino", "vicreg", "mae", "vqvae")
+
+
+@pytest.mark.parametrize("objective", FAMILIES)
 def test_a_killed_run_ends_in_the_same_state_bit_for_bit(objective: str, digits: Path, tmp_path: Path) -> None:
     reference = runs.digest(runs.run(digits / "train", tmp_path / "whole", objective).state_dict())
     folder = tmp_path / "killed"
@@ -68,6 +73,28 @@ def test_history_has_the_terms_the_health_and_the_rates(digits: Path, tmp_path: 
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert 0.5 < rows[-1]["energy_margin"] <= 1
     assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_a_margin_that_stays_low_stops_the_run_and_a_resumed_run_counts_on(digits: Path, tmp_path: Path) -> None:
+    picky = runs.CONFIG.model_copy(update={"min_energy_margin": 0.999, "save_every": 1})
+    with pytest.raises(
+        health.Collapsed, match=r"collapse at step (\d+): for 3 looks in a row.*below 0.999.*in SimCLR: con"
+    ):
+        runs.run(digits / "train", tmp_path, "simclr", config=picky)
+    looks = [row["step"] for row in checkpoint.read_history(tmp_path) if "energy_margin" in row]
+    total = runs.CONFIG.epochs * (len_train(digits) // runs.CONFIG.batch_size)
+    counted = [step for step in looks if step > total / 3]
+    assert len(counted) == 3
+    # Killed after the second look: the third is the last.
+    again = tmp_path / "resumed"
+    again.mkdir()
+    with pytest.raises(health.Collapsed):
+        runs.run(digits / "train", again, "simclr", config=picky)
+    for path in again.glob("step-*"):
+        if int(path.name.removeprefix("step-")) == counted[2]:
+            shutil.rmtree(path)
+    with pytest.raises(health.Collapsed, match=f"collapse at step {counted[2]}:"):
+        runs.run(digits / "train", again, "simclr", config=picky)
 
 
 def test_a_finished_run_is_not_trained_again(digits: Path, tmp_path: Path) -> None:

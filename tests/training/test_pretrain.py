@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import runs
 from safetensors.torch import load_file
 
-from darkmatter import lineage, shards
+from darkmatter import cluster, health, lineage, shards
 from darkmatter.cluster import PlaceConfig
 from darkmatter.training import checkpoint, pretrain
 
@@ -113,3 +114,18 @@ def test_code_of_the_chosen_plugins_is_in_the_fingerprint() -> None:
     imported = lineage.imported_files(package / "training" / "pretrain.py")
     assert package / "objectives" / "simclr.py" not in imported  # so that it must be, and is, added by name
     assert package / "training" / "loop.py" in imported
+
+
+def test_a_collapsed_run_ends_with_its_reason_at_once_the_second_time(
+    digits: Path, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picky = CONFIG.model_copy(update={"min_energy_margin": 0.999, "health_every": 10})
+    monkeypatch.setattr(sys.modules[__name__], "CONFIG", picky)
+    with pytest.raises(health.Collapsed, match=r"collapse at step \d+") as first:
+        run(digits, tmp_path)
+    assert not (tmp_path / "model").exists()
+    assert "energy_margin" in (tmp_path / "history.csv").read_text()
+    monkeypatch.setattr(cluster, "train", lambda *_, **__: pytest.fail("trained again"))
+    with pytest.raises(health.Collapsed) as second:
+        run(digits, tmp_path)
+    assert str(second.value) == str(first.value)

@@ -12,12 +12,11 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from darkmatter.augmentations import Draws, ImageBatch, Views
+from darkmatter.augmentations import Draws, ImageBatch, Views, ViewsConfig
 from darkmatter.augmentations._geometry import affine, warp
-from darkmatter.params import Config as _Config
 
 
-class Config(_Config):
+class Config(ViewsConfig):
     min_area: float = Field(default=0.64, gt=0, le=1)
     """Smallest area of the cut, relative to the image; the largest is its inverse (the shape shrinks)."""
     max_shift: float = Field(default=0.2, ge=0)
@@ -33,32 +32,34 @@ class Config(_Config):
 
 
 class Glyphs(Views):
-    num_views = 2
-
     def __init__(self, config: Config, image_size: int) -> None:
+        super().__init__(config, image_size)
         self.config = config
-        self.image_size = image_size
 
-    def view(self, batch: ImageBatch, draws: Draws, number: int) -> Float[Tensor, "batch channels size size"]:
+    def view(
+        self, batch: ImageBatch, draws: Draws, *, size: int, local: bool
+    ) -> Float[Tensor, "batch channels {size} {size}"]:
         config = self.config
         spread = -math.log(config.min_area) / 2  # of the logarithm of a length
-        zoom = torch.exp(draws.uniform(-spread, spread))
+        smallest, largest = (math.log(config.local_min_area) / 2, -spread) if local else (-spread, spread)
+        zoom = torch.exp(draws.uniform(smallest, largest))
         aspect = torch.exp(draws.uniform(-spread / 2, spread / 2))
+        room = config.max_shift + (1 - zoom if local else 0.0)  # a smaller cut may lie anywhere in the image
         matrix = affine(
-            centre=(draws.uniform(-1, 1) * config.max_shift, draws.uniform(-1, 1) * config.max_shift),
+            centre=(draws.uniform(-1, 1) * room, draws.uniform(-1, 1) * room),
             extent=(zoom * aspect, zoom / aspect),
             angle=draws.uniform(-1, 1) * math.radians(config.max_degrees),
             shear=draws.uniform(-1, 1) * config.max_shear,
         )
-        views = warp(batch, matrix, self.image_size, offsets=self._bend(draws))
+        views = warp(batch, matrix, size, offsets=self._bend(draws, size))
         contrast = draws.uniform(config.min_contrast, 1)[:, None, None, None]
         return views * contrast + (1 - contrast) * views.mean((2, 3), keepdim=True)
 
-    def _bend(self, draws: Draws) -> Tensor | None:
+    def _bend(self, draws: Draws, size: int) -> Tensor | None:
         if not self.config.bend:
             return None
         coarse = torch.stack([draws.uniform(-1, 1) for _ in range(2 * 4 * 4)], dim=1).view(-1, 2, 4, 4)
-        smooth = F.interpolate(coarse, self.image_size, mode="bicubic", align_corners=True)
+        smooth = F.interpolate(coarse, size, mode="bicubic", align_corners=True)
         return smooth.permute(0, 2, 3, 1) * self.config.bend  # (B, S, S, 2)
 
 

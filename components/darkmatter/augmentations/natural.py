@@ -12,15 +12,14 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from darkmatter.augmentations import Draws, ImageBatch, Views
+from darkmatter.augmentations import Draws, ImageBatch, Views, ViewsConfig
 from darkmatter.augmentations._geometry import affine, warp
-from darkmatter.params import Config as _Config
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
-class Config(_Config):
+class Config(ViewsConfig):
     min_area: float = Field(default=0.2, gt=0, le=1)
     """Smallest area of the crop relative to the image. The paper has 0.08 for ImageNet."""
     jitter: float = Field(default=0.5, ge=0, le=1)
@@ -34,21 +33,22 @@ class Config(_Config):
 
 
 class Natural(Views):
-    num_views = 2
-
     def __init__(self, config: Config, image_size: int) -> None:
+        super().__init__(config, image_size)
         self.config = config
-        self.image_size = image_size
 
-    def view(self, batch: ImageBatch, draws: Draws, number: int) -> Float[Tensor, "batch channels size size"]:
-        views = warp(batch, self._crop(batch, draws), self.image_size)
+    def view(
+        self, batch: ImageBatch, draws: Draws, *, size: int, local: bool
+    ) -> Float[Tensor, "batch channels {size} {size}"]:
+        views = warp(batch, self._crop(batch, draws, local=local), size)
         if views.shape[1] == 3:
             views = self._colour(views, draws)
         return self._blur(views, draws).clamp(0, 1)
 
-    def _crop(self, batch: ImageBatch, draws: Draws) -> Float[Tensor, "batch 2 3"]:
+    def _crop(self, batch: ImageBatch, draws: Draws, *, local: bool) -> Float[Tensor, "batch 2 3"]:
         height, width = batch.sizes.to(torch.float32).unbind(1)
-        area = draws.uniform(self.config.min_area, 1) * height * width
+        areas = (self.config.local_min_area, self.config.min_area) if local else (self.config.min_area, 1)
+        area = draws.uniform(*areas) * height * width
         aspect = torch.exp(draws.uniform(math.log(3 / 4), math.log(4 / 3)))
         wide = (area * aspect).sqrt().minimum(width) / width
         high = (area / aspect).sqrt().minimum(height) / height

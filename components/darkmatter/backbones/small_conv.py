@@ -30,8 +30,13 @@ class SmallConv(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.layers(images)  # (B, 4 width, S / 4, S / 4)
-        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        return self.layers(images)  # (B, 4 width, S / 4, S / 4)
+
+    def forward_head(self, maps: Tensor) -> Tensor:
+        return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=1)
 
 
 def _block(before: int, after: int, *, stride: int) -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from typing import Any
 
 from torch import nn
 
@@ -21,10 +22,12 @@ def build(config: Config, *, channels: int, image_size: int) -> nn.Module:
         close = difflib.get_close_matches(config.model, timm.list_models(), n=5)
         hint = f" Near it: {', '.join(close)}." if close else ""
         raise ParamsError(f"backbone.timm.model: timm {timm.__version__} has no model {config.model!r}.{hint}")
-    arguments = {"num_classes": 0, "in_chans": channels}
+    arguments: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
     # Transformers build their position embedding for one size; convolutional networks refuse the argument.
     if "img_size" in inspect.signature(timm.model_entrypoint(config.model)).parameters or config.model.startswith(
         "vit"
     ):
         arguments["img_size"] = image_size
+    if config.model.startswith("vit"):
+        arguments["dynamic_img_size"] = True  # small views have fewer patches
     return timm.create_model(config.model, pretrained=False, **arguments)

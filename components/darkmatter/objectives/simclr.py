@@ -4,9 +4,12 @@ representations" (2020), https://arxiv.org/abs/2002.05709; authors' code: google
 Energy (inference):  F(x, y) = -cos(g(f(x)), g(f(y))) / temperature
 Loss (training), equation 1, mean over all 2N views:  -log( exp(-F(i, j)) / sum over k != i of exp(-F(i, k)) )
 Against collapse: every other sample of the global batch is pushed to a higher energy.
+
+Family: contrastive. Choose it when batches are large (256 and more) and you want the simplest thing that works; it needs
+no teacher, memory or schedule.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -15,10 +18,11 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from darkmatter import collectives, heads
+from darkmatter import collectives
 from darkmatter.backbones import Backbone
-from darkmatter.objectives import Images, Mechanism, Objective
+from darkmatter.objectives import Images, Mechanism, Objective, Samples, Terms, total
 from darkmatter.params import Config as _Config
+from darkmatter.parts import heads
 
 
 class Config(_Config):
@@ -57,11 +61,11 @@ class SimCLR(Objective):
     def energy(self, x: Images, y: Images) -> Float[Tensor, " batch"]:
         return -(self._project(x) * self._project(y)).sum(1) / self.temperature
 
-    def loss(self, views: Sequence[Images]) -> Mapping[str, Float[Tensor, ""]]:
+    def loss(self, views: Sequence[Images], samples: Samples) -> Terms:
         first, second = self._project(torch.cat(list(views))).chunk(2)
         nt_xent_loss = nt_xent(first, second, self.temperature)
-        return {"loss": nt_xent_loss, "nt_xent": nt_xent_loss.detach()}
+        return total(nt_xent_loss, nt_xent=nt_xent_loss)
 
 
-def build(config: Config, backbone: Backbone) -> SimCLR:
+def build(config: Config, backbone: Backbone, num_samples: int) -> SimCLR:
     return SimCLR(config, backbone)

@@ -7,9 +7,12 @@ Against collapse: variance keeps each dimension alive, covariance keeps them fro
 
 The coefficients mean what they mean in the authors' code: the invariance is a mean over D, and the variance term is the
 mean of its two halves, [v(Z) + v(Z')] / 2. Other implementations with the same coefficients give other numbers.
+
+Family: redundancy reduction. Choose it when batches are small or the two sides of a pair differ in kind: nothing compares
+samples with each other.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -18,10 +21,11 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from darkmatter import collectives, heads
+from darkmatter import collectives
 from darkmatter.backbones import Backbone
-from darkmatter.objectives import Images, Mechanism, Objective
+from darkmatter.objectives import Images, Mechanism, Objective, Samples, Terms, total
 from darkmatter.params import Config as _Config
+from darkmatter.parts import heads
 
 _EPSILON = 1e-4  # under the square root of the standard deviation, equation 2
 
@@ -68,15 +72,15 @@ class VICReg(Objective):
     def energy(self, x: Images, y: Images) -> Float[Tensor, " batch"]:
         return (self._expand(x) - self._expand(y)).square().mean(1)
 
-    def loss(self, views: Sequence[Images]) -> Mapping[str, Float[Tensor, ""]]:
+    def loss(self, views: Sequence[Images], samples: Samples) -> Terms:
         first, second = map(self._expand, views)  # one by one, as the authors do: batch norm sees one view at a time
         s = invariance(first, second)
         first, second = collectives.gather(first), collectives.gather(second)
         v = (variance(first) + variance(second)) / 2
         c = covariance(first) + covariance(second)
-        total = self.config.invariance * s + self.config.variance * v + self.config.covariance * c
-        return {"loss": total, "invariance": s.detach(), "variance": v.detach(), "covariance": c.detach()}
+        weighted = self.config.invariance * s + self.config.variance * v + self.config.covariance * c
+        return total(weighted, invariance=s, variance=v, covariance=c)
 
 
-def build(config: Config, backbone: Backbone) -> VICReg:
+def build(config: Config, backbone: Backbone, num_samples: int) -> VICReg:
     return VICReg(config, backbone)

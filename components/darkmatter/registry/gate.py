@@ -22,7 +22,7 @@ def to_register(model_folder: Path, scores: Mapping[str, Any], config: RegisterC
     """The rules that a model must pass to become a version at all."""
     return [
         _finite(model_folder),
-        _not_collapsed(scores, config),
+        not_collapsed(scores, config),
         _better_than(scores, config, "untrained"),
         _better_than(scores, config, "pixels"),
     ]
@@ -54,7 +54,8 @@ def _finite(model_folder: Path) -> Rule:
     return Rule(name="finite weights", passed=True, reason="every weight is a finite number")
 
 
-def _not_collapsed(scores: Mapping[str, Any], config: RegisterConfig) -> Rule:
+def not_collapsed(scores: Mapping[str, Any], config: RegisterConfig) -> Rule:
+    """The energy of the test split tells compatible pairs from others."""
     if "energy_margin" not in scores:
         return Rule(name="not collapsed", passed=False, reason="not measured: params.yaml lacks evaluate.energy_margin")
     margin = scores["energy_margin"]["auroc"]["pretrained"]["mean"]

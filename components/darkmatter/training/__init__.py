@@ -26,3 +26,5 @@ class PretrainConfig(Config):
     """Steps between two checkpoints; a kill costs at most this much."""
     health_every: int = Field(gt=0)
     """Steps between two looks at the energy margin on held-out data."""
+    min_energy_margin: float = Field(ge=0, lt=1)
+    """Training stops as collapsed when the margin is below it at three looks in a row, after the first third. 0 never."""

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from darkmatter import collectives, health
@@ -19,6 +19,8 @@ from darkmatter.training import PretrainConfig, checkpoint
 from darkmatter.training.optimizers import adamw, set_learning_rate
 from darkmatter.training.rates import learning_rate
 
+_PATIENCE = 3  # looks in a row with too small a margin, before a run is stopped
+
 
 @dataclasses.dataclass
 class TrainState:
@@ -27,16 +29,19 @@ class TrainState:
     objective: Objective
     optimizer: torch.optim.Optimizer
     step: int = 0
+    low_looks: int = 0
+    """How many looks in a row have found too small an energy margin."""
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "low_looks": self.low_looks,
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
+        self.step, self.low_looks = state["step"], state["low_looks"]
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -64,6 +69,7 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is not finite; the last checkpoint is from before.
+        Collapsed: the energy margin stayed below `config.min_energy_margin`.
     """
     total = config.epochs * stream.steps_per_epoch
     warmup = config.warmup_epochs * stream.steps_per_epoch
@@ -81,9 +87,10 @@ def fit(
             state.optimizer, learning_rate(state.step, peak=config.learning_rate, warmup=warmup, total=total)
         )
         torch.manual_seed(config.seed + state.step)  # what an objective draws is a function of the step as well
-        images = views(batch.loaded.to(device), seed=config.seed, epoch=batch.epoch)
+        loaded = batch.loaded.to(device)
+        images = views(loaded, seed=config.seed, epoch=batch.epoch, whole=objective.num_views)
         with autocast(device), collectives.global_batch_norm():
-            terms = model(images)
+            terms = model(images, loaded.samples)
         terms["loss"].backward()
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
@@ -98,15 +105,30 @@ def fit(
                 raise FloatingPointError(f"the loss is not finite at step {state.step}: {row}; lower the learning rate")
         if state.step % config.health_every == 0 or state.step == total:
             row |= look(objective, first, second, device)
+            low = row["energy_margin"] < config.min_energy_margin and state.step > total / 3
+            state.low_looks = state.low_looks + 1 if low else 0
+            if low and history:
+                print(f"energy margin {row['energy_margin']:.3f} at step {state.step}: collapsing?", file=sys.stderr)
         if row and history:
             row |= {"learning_rate": state.optimizer.param_groups[0]["lr"], "epoch": batch.epoch}
             history.append({"step": state.step, **row, **meter.read(state.step)})
         if history and saving:
             checkpoint.save(folder, state.step, state.state_dict())
+        if state.low_looks >= _PATIENCE:
+            raise health.Collapsed(_reason(objective, state.step, row["energy_margin"], config))
     return state
 
 
-def distributed(objective: Objective, device: torch.device) -> Callable[[Any], Any] | nn.Module:
+def _reason(objective: Objective, step: int, margin: float, config: PretrainConfig) -> str:
+    return (
+        f"collapse at step {step}: for {_PATIENCE} looks in a row the energy told two views of one held-out sample from "
+        f"views of two with an AUROC below {config.min_energy_margin} (pretrain.min_energy_margin), now {margin:.3f}; 0.5 "
+        f"is chance. What should prevent it in {type(objective).__name__}: {objective.against_collapse}; look at the "
+        "options of the objective, at the learning rate and at the picture of the views"
+    )
+
+
+def distributed(objective: Objective, device: torch.device) -> Callable[..., Any]:
     """The objective as it is, or wrapped so that gradients are averaged over the ranks."""
     if collectives.world_size() == 1:
         return objective

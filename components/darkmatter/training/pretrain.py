@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from darkmatter import cluster, collectives, files, lineage, model, plugin, shards, training_set
+from darkmatter import cluster, collectives, files, health, lineage, model, plugin, shards, training_set
 from darkmatter.augmentations import ImageBatch
 from darkmatter.stream import Stream
 from darkmatter.training import PretrainConfig, checkpoint, loop
 
+_STOPPED = "stopped.txt"  # in the folder of checkpoints: why the run ended itself
 _HELD_OUT = 512  # samples behind each energy margin: its standard error is about 0.01 at 0.95
 
 
@@ -42,6 +43,7 @@ def pretrain(
 
     Raises:
         ValueError: damaged data, or a batch that the workers cannot share or the data cannot fill.
+        Collapsed: the run stopped itself, now or before; the same code, params and data would do so again.
 
     Returns:
         Summary: steps, images, images_per_second, final terms, energy_margin, rankme, fingerprint.
@@ -66,8 +68,12 @@ def pretrain(
         "folder": str(folder),
         "threads": place.cpus_per_worker,
     }
-    with _progress(folder, steps):
-        cluster.train(work, job, place, name=folder.name)
+    if not (folder / _STOPPED).is_file():
+        with _progress(folder, steps):
+            cluster.train(work, job, place, name=folder.name)
+    if (folder / _STOPPED).is_file():
+        _write_history(checkpoint.read_history(folder), history)  # what led there can be looked at
+        raise health.Collapsed((folder / _STOPPED).read_text())
 
     saved = checkpoint.load_newest(folder)
     if saved is None or saved["step"] != steps:
@@ -89,15 +95,19 @@ def work(job: dict[str, Any], device: torch.device) -> None:
     with shards.Reader(train_folder, shards.Manifest.load(train_folder), "train") as reader:
         rank, world_size = collectives.rank(), collectives.world_size()
         stream = _stream(reader, spec, config, rank=rank, world_size=world_size, threads=job["threads"])
-        loop.fit(
-            model.build(spec, seed=config.seed),
-            stream,
-            views,
-            training_set.batch_loader(spec.images)(contents, np.arange(len(contents))),
-            config,
-            folder=Path(job["folder"]),
-            device=device,
-        )
+        try:
+            loop.fit(
+                model.build(spec, seed=config.seed),
+                stream,
+                views,
+                training_set.batch_loader(spec.images)(contents, np.arange(len(contents))),
+                config,
+                folder=Path(job["folder"]),
+                device=device,
+            )
+        except health.Collapsed as reason:  # an answer, not a fault: nothing to restart
+            if rank == 0:
+                files.write(Path(job["folder"]) / _STOPPED, str(reason))
 
 
 def _stream(

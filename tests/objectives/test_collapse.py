@@ -1,0 +1,106 @@
+"""Every objective on real digits: its energy tells compatible pairs from others, and its known collapse is noticed."""
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from toys import NAMES, own_tests
+
+from conftest import make_digits
+from darkmatter import health, model, shards, training_set
+from darkmatter.registry import RegisterConfig, gate
+from darkmatter.stream import Stream
+from darkmatter.training import PretrainConfig, checkpoint, loop
+
+BATCH, STEPS = 64, 126
+Outcome = tuple[list[float], str | None]
+"""Energy margins, one a look, and the reason if the run stopped itself."""
+
+
+def train(name: str, digits: str, folder: str, broken: bool) -> Outcome:
+    """A short run; with `broken`, of the method without what keeps it from collapsing."""
+    torch.set_num_threads(1)
+    tests, train_folder = own_tests(name), Path(digits) / "train"
+    manifest = shards.Manifest.load(train_folder)
+    views: dict[str, Any] = getattr(tests, "VIEWS", {})
+    spec = model.ModelSpec(
+        backbone={"name": "small_conv", "small_conv": {"width": 16}},
+        objective={"name": name, name: tests.DIGITS},
+        views={"name": "glyphs", "glyphs": views},
+        images=training_set.load_image_spec(train_folder),
+        num_samples=manifest.samples("train"),
+    )
+    config = PretrainConfig(
+        seed=0, epochs=STEPS // (manifest.samples("train") // BATCH), batch_size=BATCH, learning_rate=0.004,
+        warmup_epochs=1, weight_decay=0.05, log_every=30, save_every=1000, health_every=9, min_energy_margin=0.7,
+    )  # fmt: skip
+    method = model.build(spec, seed=0)
+    patch = pytest.MonkeyPatch()
+    if broken:
+        tests.collapse(method, patch)
+    load = training_set.batch_loader(spec.images)
+    contents = training_set.held_out(train_folder, 256)
+    policy = training_set.choose_views(spec.views, 28)
+    reason = None
+    try:
+        with shards.Reader(train_folder, manifest, "train") as reader:
+            loop.fit(
+                method,
+                Stream(reader, load, batch_size=BATCH, seed=0),
+                policy,
+                load(contents, np.arange(len(contents))),
+                config,
+                folder=Path(folder),
+                device=torch.device("cpu"),
+            )
+    except health.Collapsed as error:
+        reason = str(error)
+    finally:
+        patch.undo()
+    return [row["energy_margin"] for row in checkpoint.read_history(Path(folder)) if "energy_margin" in row], reason
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, ray_session: None
+) -> Iterator[dict[tuple[str, bool], Future[Outcome]]]:
+    """A healthy and a broken run of every objective, two at a time."""
+    root = tmp_path_factory.mktemp("collapse")
+    digits = make_digits(root / "digits", every=2)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {}
+        for name in NAMES:
+            for broken in (False, True):
+                folder = root / f"{name}-{broken}"
+                folder.mkdir()
+                futures[name, broken] = pool.submit(train, name, str(digits), str(folder), broken)
+        yield futures
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_healthy_run_ends_with_an_energy_that_tells_pairs_apart(name: str, runs: Any) -> None:
+    margins, reason = runs[name, False].result()
+    assert reason is None, margins
+    assert margins[-1] > 0.8, margins
+    assert passes_the_gate(margins[-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_known_collapse_of_the_method_stops_the_run_and_the_gate_refuses_it(name: str, runs: Any) -> None:
+    margins, reason = runs[name, True].result()
+    assert reason is not None, margins
+    assert reason.startswith("collapse at step")
+    assert "AUROC below 0.7" in reason
+    assert not passes_the_gate(margins[-1])
+
+
+def passes_the_gate(margin: float) -> bool:
+    values = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())["register"]
+    scores = {"energy_margin": {"auroc": {"pretrained": {"mean": margin, "ci95": 0.01}}}}
+    return gate.not_collapsed(scores, RegisterConfig(**values)).passed
