@@ -2,18 +2,19 @@ import math
 
 import pytest
 import torch
-from test_denoising import VIEWS as VIEWS
 from toys import objective, samples, views
 
 from darkmatter.objectives import bigan
 
 SMALL = {"latent": 4, "generator_width": 3, "discriminator_width": 3}
-DIGITS = {"latent": 16, "generator_width": 8, "discriminator_width": 8}
+DIGITS = {"latent": 16, "generator_width": 8, "discriminator_width": 16}
+VIEWS = {"max_shift": 0.04, "bend": 0.0, "max_degrees": 4.0, "max_shear": 0.04, "min_area": 0.93, "min_contrast": 0.8}
 
 
 def collapse(method: bigan.BiGAN, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the batch norm that gives z the prior's scale the discriminator wins at once, and the encoder degenerates."""
+    """A latent without capacity: the prior has one value, and no batch norm gives the encoder another scale."""
     method.encoder[-1] = torch.nn.Identity()
+    monkeypatch.setattr(bigan.collectives, "draw", lambda sample, batch: torch.full_like(sample(batch), 0.5))
 
 
 def log_sigmoid(value: float) -> float:

@@ -9,7 +9,8 @@ from darkmatter.objectives import deepcluster
 from darkmatter.params import ParamsError
 
 SMALL = {"projector": [8, 5], "prototypes": [4, 3, 5]}
-DIGITS = {"projector": [64, 32], "prototypes": [64, 64]}
+DIGITS = {"projector": [64, 32], "prototypes": [64, 64], "temperature": 0.2}
+VIEWS = {"min_area": 0.9, "max_shift": 0.05, "max_degrees": 5.0, "max_shear": 0.1, "bend": 0.03, "min_contrast": 0.9}
 
 Rows = list[list[float]]
 

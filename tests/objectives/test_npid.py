@@ -9,12 +9,19 @@ from toys import NUM_SAMPLES, objective, samples, step, views
 from darkmatter.objectives import npid
 
 SMALL = {"features": 8, "negatives": 5}
-DIGITS = {"features": 64, "negatives": 64, "temperature": 0.2, "momentum": 0.99}
+DIGITS = {"features": 64, "negatives": 0, "temperature": 0.1}
+VIEWS = {"max_shift": 0.1, "bend": 0.05, "max_degrees": 8.0, "max_shear": 0.15, "min_area": 0.8}
 
 
 def collapse(method: npid.NPID, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without what keeps features near their last ones (section 3.3) the noise drives them all round together."""
-    method.config = method.config.model_copy(update={"momentum": 0.0, "proximal": 0.0})
+    """Without the other samples only the pull to the bank is left, whose rows are all alike and stay so."""
+
+    def pull(v: torch.Tensor, rows: torch.Tensor, samples: torch.Tensor, temperature: float) -> torch.Tensor:
+        return -(v * rows[samples]).sum(1).mean()
+
+    monkeypatch.setattr(npid, "exact_softmax", pull)
+    monkeypatch.setattr(method.bank, "update", lambda *_: None)
+    method.bank.rows.copy_(method.bank.rows[:1].expand_as(method.bank.rows))
 
 
 def unit(vector: list[float]) -> list[float]:

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from test_denoising import VIEWS as VIEWS
 from toys import NUM_SAMPLES, Toy, objective, samples, step, views
 
 from darkmatter.backbones import Backbone

@@ -21,6 +21,18 @@ def test_prototypes_score_by_the_cosine_whatever_the_lengths() -> None:
     torch.testing.assert_close(prototypes(7 * x), prototypes(x))
 
 
+def test_an_exact_term_is_not_rounded_by_autocast() -> None:
+    def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x @ y
+
+    x, y = torch.randn(5, 7), torch.randn(7, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        exact = heads.exact(product)(x, y)
+        assert product(x, y).dtype == torch.bfloat16
+    assert exact.dtype == torch.float32
+    torch.testing.assert_close(exact, product(x, y), rtol=0, atol=0)
+
+
 def test_a_teacher_follows_and_is_never_trained() -> None:
     student = nn.Linear(2, 2)
     copy = teacher.copy_of(student)

@@ -15,7 +15,6 @@ Family: redundancy reduction. Choose it when batches are small and projections m
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
@@ -34,12 +33,12 @@ class Config(_Config):
     """Hidden and output features of the projector; section 2.2. The method gains from wide ones, section 4."""
 
 
+@heads.exact
 def cross_correlation(
     first: Float[Tensor, "batch dim"], second: Float[Tensor, "batch dim"]
 ) -> Float[Tensor, "dim dim"]:
     """C, equation 2, over the global batch; each dimension of the arguments has mean 0 and variance 1 there."""
-    with torch.autocast(first.device.type, enabled=False):  # it would round this product of float32 to bf16
-        return collectives.mean(first.T @ second / len(first))
+    return collectives.mean(first.T @ second / len(first))
 
 
 def on_diagonal(c: Float[Tensor, "dim dim"]) -> Float[Tensor, ""]:

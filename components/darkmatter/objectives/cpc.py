@@ -68,6 +68,7 @@ class _Below(nn.Sequential):
         return x + super().forward(x)
 
 
+@heads.exact
 def info_nce(
     predictions: Float[Tensor, "batch rows columns features"],
     targets: Float[Tensor, "batch all_rows columns features"],
@@ -80,6 +81,7 @@ def info_nce(
     return F.cross_entropy(logits, own.flatten())
 
 
+@heads.exact
 def surprise(
     predictions: Float[Tensor, "batch rows columns features"],
     targets: Float[Tensor, "batch all_rows columns features"],

@@ -51,11 +51,11 @@ class Config(_Config):
     student_temperature: float = Field(default=0.1, gt=0)
     """Of both heads; the authors' code."""
     teacher_temperature: float = Field(default=0.07, gt=0)
-    """For images, after the warm-up; appendix B."""
+    """For images, after the warm-up; the authors' runs."""
     patch_teacher_temperature: float = Field(default=0.07, gt=0)
-    """For patches, after the warm-up; appendix B."""
+    """For patches, after the warm-up; the authors' runs."""
     teacher_temperature_start: float = Field(default=0.04, gt=0)
-    """For both, at the start; appendix B."""
+    """For both, at the start; the authors' runs."""
     warmup: float = Field(default=0.3, gt=0, le=1)
     """Share of training over which they get there: 30 of 100 epochs in the authors' code."""
     momentum: float = Field(default=0.996, ge=0, le=1)
@@ -77,10 +77,11 @@ def masked_image_modelling(
     return (distances.sum(1) / hidden.sum(1).clamp(min=1)).mean()
 
 
+@heads.exact
 def koleo(features: Float[Tensor, "batch features"]) -> Float[Tensor, ""]:
     """Minus the mean logarithm of the distance to the nearest other one on the unit sphere.
 
-    A. Sablayrolles et al., "Spreading vectors for similarity search" (2019), https://arxiv.org/abs/1806.03198, section 3.2.
+    A. Sablayrolles et al., "Spreading vectors for similarity search" (2019), https://arxiv.org/abs/1806.03198.
     """
     unit = F.normalize(features, dim=1)
     nearest = (unit @ unit.T).detach().fill_diagonal_(-2).argmax(1)

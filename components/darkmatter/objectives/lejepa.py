@@ -47,16 +47,16 @@ def prediction(
     return (whole.mean(0) - projections).square().mean()
 
 
+@heads.exact
 def sigreg(projections: Float[Tensor, "views batch dim"], directions: Float[Tensor, "dim slices"]) -> Float[Tensor, ""]:
     """Sketched isotropic Gaussian regularisation: the statistic of Epps and Pulley, mean over directions and views.
 
     N, the global batch, times the integral over t of |E exp(i t u) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), by trapezoids; E is
     the mean over the global batch of a view, u the projections onto a direction.
     """
-    with torch.autocast(projections.device.type, enabled=False):  # it would round the products to bf16
-        t = torch.linspace(0, _LAST_KNOT, _KNOTS, dtype=projections.dtype, device=projections.device)
-        angles = (projections @ directions)[..., None] * t  # (views, batch, slices, knots)
-        cosine, sine = collectives.mean(torch.stack([angles.cos().mean(1), angles.sin().mean(1)]))
+    t = torch.linspace(0, _LAST_KNOT, _KNOTS, dtype=projections.dtype, device=projections.device)
+    angles = (projections @ directions)[..., None] * t  # (views, batch, slices, knots)
+    cosine, sine = collectives.mean(torch.stack([angles.cos().mean(1), angles.sin().mean(1)]))
     normal = torch.exp(-t.square() / 2)  # both the characteristic function of the standard normal and the window
     error = (cosine - normal).square() + sine.square()
     samples = projections.shape[1] * collectives.world_size()

@@ -48,6 +48,7 @@ class Config(_Config):
     """Hidden features of the predictor of version 3; 2021, section 3. Version 2 has no predictor."""
 
 
+@heads.exact
 def against_queue(
     query: Float[Tensor, "batch features"],
     key: Float[Tensor, "batch features"],
@@ -60,6 +61,7 @@ def against_queue(
     return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64, device=query.device))
 
 
+@heads.exact
 def against_batch(
     query: Float[Tensor, "batch features"], key: Float[Tensor, "batch features"], temperature: float
 ) -> Float[Tensor, ""]:

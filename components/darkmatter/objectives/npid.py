@@ -45,6 +45,14 @@ class Config(_Config):
     """lambda of equation 9, section 3.3; 0 in the authors' code."""
 
 
+@heads.exact
+def exact_softmax(
+    v: Float[Tensor, "batch features"], rows: Float[Tensor, "all features"], samples: Samples, temperature: float
+) -> Float[Tensor, ""]:
+    """Equation 2: -log P(own | v) against every row of the bank."""
+    return F.cross_entropy(v @ rows.T / temperature, samples)
+
+
 def proximal(v: Float[Tensor, "batch features"], before: Float[Tensor, "batch features"]) -> Float[Tensor, ""]:
     """Equation 9: how far the features moved since the sample was last seen."""
     return (v - before).square().sum(1).mean()
@@ -79,7 +87,7 @@ class NPID(Objective):
             constant = torch.where(constant > 0, constant, noise_contrast.partition(own, noise, len(rows)))
             discrimination = noise_contrast.nce(own, noise, constant, len(rows))
         else:
-            discrimination = F.cross_entropy(v @ rows.T / temperature, samples)
+            discrimination = exact_softmax(v, rows, samples, temperature)
         moved = proximal(v, rows[samples])
         self.seen = samples, v.detach(), constant
         return total(discrimination + self.config.proximal * moved, discrimination=discrimination, proximal=moved)

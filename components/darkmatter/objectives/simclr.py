@@ -32,6 +32,7 @@ class Config(_Config):
     """Hidden and output features of g; section 4.2 and appendix B.9 use 2048 and 128 with a ResNet-50."""
 
 
+@heads.exact
 def nt_xent(
     first: Float[Tensor, "batch features"], second: Float[Tensor, "batch features"], temperature: float
 ) -> Float[Tensor, ""]:

@@ -41,7 +41,7 @@ class Config(_Config):
     projector: list[int] = Field(default=[2048, 128], min_length=1)
     """Hidden and output features of g; appendix A.1."""
     queue: int = Field(default=0, ge=0)
-    """Earlier features that are given codes with each batch; 0 for none, 3840 for batches of 256 (section 4.1)."""
+    """Earlier features that are given codes with each batch; 0 for none, 3840 for batches of 256 (section 4.3)."""
     queue_from: float = Field(default=0.075, ge=0, le=1)
     """Share of training after which the queue is used; 15 of 200 epochs in the authors' run with batches of 256."""
     freeze: float = Field(default=0.0025, ge=0, le=1)

@@ -51,6 +51,7 @@ def variance(z: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
     return F.relu(1 - torch.sqrt(z.var(0) + _EPSILON)).mean()
 
 
+@heads.exact
 def covariance(z: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
     """c(Z), equations 3 and 4: the squared covariances of different dimensions, summed, over D."""
     centred = z - z.mean(0)

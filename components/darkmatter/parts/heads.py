@@ -1,12 +1,16 @@
 """Heads that several objectives put on a backbone."""
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+Term = TypeVar("Term", bound=Callable[..., Tensor])
 
 
 def projector(widths: Sequence[int], *, last_norm: bool = False, last_bias: bool = False) -> nn.Sequential:
@@ -65,6 +69,18 @@ class PrototypeHead(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch prototypes"]:
         return self.prototypes(self.layers(x))
+
+
+def exact(term: Term) -> Term:
+    """For a term of a loss: within it autocast is off, which would round the products of float32 arguments to bf16."""
+
+    @functools.wraps(term)
+    def call(*args: Any, **options: Any) -> Any:
+        device = next(value.device.type for value in args if isinstance(value, Tensor))
+        with torch.autocast(device, enabled=False):
+            return term(*args, **options)
+
+    return cast(Term, call)
 
 
 def full_precision(x: Tensor) -> Tensor:

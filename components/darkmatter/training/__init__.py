@@ -27,4 +27,5 @@ class PretrainConfig(Config):
     health_every: int = Field(gt=0)
     """Steps between two looks at the energy margin on held-out data."""
     min_energy_margin: float = Field(ge=0, lt=1)
-    """Training stops as collapsed when the margin is below it at three looks in a row, after the first third. 0 never."""
+    """Training stops as collapsed when the margin is below it and does not rise, at three looks in a row after the first
+    third. 0 never stops."""

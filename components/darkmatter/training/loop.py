@@ -20,6 +20,7 @@ from darkmatter.training.optimizers import adamw, set_learning_rate
 from darkmatter.training.rates import learning_rate
 
 _PATIENCE = 3  # looks in a row with too small a margin, before a run is stopped
+_RISE = 0.002  # above the best so far: slow starters (BYOL, I-JEPA, DINO) pass any floor late, but they keep rising
 
 
 @dataclasses.dataclass
@@ -30,18 +31,21 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     low_looks: int = 0
-    """How many looks in a row have found too small an energy margin."""
+    """How many looks in a row have found an energy margin that is too small and no higher than before."""
+    best_margin: float = 0.0
+    """The largest of the looks that count."""
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "low_looks": self.low_looks,
+            "best_margin": self.best_margin,
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.low_looks = state["step"], state["low_looks"]
+        self.step, self.low_looks, self.best_margin = state["step"], state["low_looks"], state["best_margin"]
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -105,10 +109,13 @@ def fit(
                 raise FloatingPointError(f"the loss is not finite at step {state.step}: {row}; lower the learning rate")
         if state.step % config.health_every == 0 or state.step == total:
             row |= look(objective, first, second, device)
-            low = row["energy_margin"] < config.min_energy_margin and state.step > total / 3
-            state.low_looks = state.low_looks + 1 if low else 0
-            if low and history:
-                print(f"energy margin {row['energy_margin']:.3f} at step {state.step}: collapsing?", file=sys.stderr)
+            if state.step > total / 3:  # before, a margin may be anything
+                margin = row["energy_margin"]
+                low = margin < min(config.min_energy_margin, state.best_margin + _RISE)
+                state.low_looks = state.low_looks + 1 if low else 0
+                state.best_margin = max(state.best_margin, margin)
+                if low and history:
+                    print(f"energy margin {margin:.3f} at step {state.step}: collapsing?", file=sys.stderr)
         if row and history:
             row |= {"learning_rate": state.optimizer.param_groups[0]["lr"], "epoch": batch.epoch}
             history.append({"step": state.step, **row, **meter.read(state.step)})
@@ -122,8 +129,8 @@ def fit(
 def _reason(objective: Objective, step: int, margin: float, config: PretrainConfig) -> str:
     return (
         f"collapse at step {step}: for {_PATIENCE} looks in a row the energy told two views of one held-out sample from "
-        f"views of two with an AUROC below {config.min_energy_margin} (pretrain.min_energy_margin), now {margin:.3f}; 0.5 "
-        f"is chance. What should prevent it in {type(objective).__name__}: {objective.against_collapse}; look at the "
+        f"views of two with an AUROC below {config.min_energy_margin} (pretrain.min_energy_margin) that does not rise, now "
+        f"{margin:.3f}; 0.5 is chance. What should prevent it in {type(objective).__name__}: {objective.against_collapse}; look at the "
         "options of the objective, at the learning rate and at the picture of the views"
     )
 
