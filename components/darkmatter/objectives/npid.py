@@ -39,8 +39,7 @@ class Config(_Config):
     negatives: int = Field(default=4096, ge=0)
     """m of equation 7, section 4.2. 0: the exact softmax over all samples, equation 2."""
     momentum: float = Field(default=0.5, ge=0, lt=1)
-    """Of a row of the bank when its sample is seen; `main.py` of the authors. A bank that fills within a few steps wants
-    0.99 (or negatives: 0), or the noise outweighs a Z of the first batch: 350 digits, 180 steps, margin 0.63 and 0.93."""
+    """Of a row of the bank when its sample is seen; `main.py` of the authors. Many short epochs want more, up to 0.99."""
     proximal: float = Field(default=0.0, ge=0)
     """lambda of equation 9, section 3.3; 0 in the authors' code."""
 

@@ -45,7 +45,7 @@ class Config(_Config):
     negatives: int = Field(default=32000, gt=0)
     """m, drawn from the bank for each image; section 3.2."""
     momentum: float = Field(default=0.5, ge=0, lt=1)
-    """Of a row of the bank when its sample is seen; section 3.2. A bank that fills within a few steps wants 0.99."""
+    """Of a row of the bank when its sample is seen; section 3.2. Runs of tens of short epochs want more, up to 0.99."""
 
 
 def cut(images: Images, grid: int) -> Float[Tensor, "patches channels side side"]:

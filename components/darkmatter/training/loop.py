@@ -130,8 +130,8 @@ def _reason(objective: Objective, step: int, margin: float, config: PretrainConf
     return (
         f"collapse at step {step}: for {_PATIENCE} looks in a row the energy told two views of one held-out sample from "
         f"views of two with an AUROC below {config.min_energy_margin} (pretrain.min_energy_margin) that does not rise, now "
-        f"{margin:.3f}; 0.5 is chance. What should prevent it in {type(objective).__name__}: {objective.against_collapse}; look at the "
-        "options of the objective, at the learning rate and at the picture of the views"
+        f"{margin:.3f}; 0.5 is chance. What should prevent it in {type(objective).__name__}: {objective.against_collapse}; "
+        "look at the options of the objective, at the learning rate and at the picture of the views"
     )
 
 
