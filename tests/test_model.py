@@ -43,5 +43,5 @@ def test_weights_that_do_not_fit_their_config_are_refused(tmp_path: Path) -> Non
         model.load(tmp_path / "m")
     config["format"] = 9
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="format 9; this version reads 1"):
+    with pytest.raises(ValueError, match="format 9; this version reads 2"):
         model.load(tmp_path / "m")

@@ -20,7 +20,8 @@ CONFIG = PretrainConfig(
 
 
 def spec(train: Path, objective: str) -> model.ModelSpec:
-    sys.path.append(str(Path(__file__).parent.parent / "objectives"))
+    tests = Path(__file__).parent.parent
+    sys.path += [str(tests), str(tests / "objectives")]
     small = importlib.import_module(f"test_{objective}").SMALL
     return model.ModelSpec(
         backbone={"name": "small_conv", "small_conv": {"width": 4}},
