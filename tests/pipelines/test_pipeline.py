@@ -78,7 +78,7 @@ def test_a_typo_is_refused_at_once_with_the_list_of_what_exists(repository: Repo
     for wrong, message in (
         (
             right.replace("name: simclr", "name: simcrl"),
-            r"objective\.name: there is no 'simcrl'.*'simclr'.*simclr, vicreg",
+            r"objective\.name: there is no 'simcrl'.*Did you mean 'simclr'.*There is: .*simclr, .*vicreg",
         ),
         (right.replace("\npretrain:", "\npretrian:"), r"section 'pretrian' is unknown. Did you mean 'pretrain'"),
     ):
