@@ -43,11 +43,11 @@ def head(layers: torch.nn.Module, prototypes: torch.Tensor, x: torch.Tensor) -> 
 
 
 def teacher_scores(method: dino.DINO, x: torch.Tensor) -> Rows:
-    return head(method.teacher_head.layers, method.teacher_head.prototypes.weight, method.backbone(x))
+    return head(method.head.teacher.layers, method.head.teacher.prototypes.weight, method.backbone(x))
 
 
 def student_scores(method: dino.DINO, x: torch.Tensor) -> Rows:
-    return head(method.head.layers, method.head.prototypes.weight, method.student(x))
+    return head(method.head.student.layers, method.head.student.prototypes.weight, method.student(x))
 
 
 def targets_by_the_paper(scores: Rows, centre: list[float], temperature: float) -> Rows:
@@ -62,11 +62,11 @@ def mean_row(rows: Rows) -> list[float]:
 def method_in_training(progress: float) -> dino.DINO:
     """A teacher that is not the student, a centre that is not zero."""
     method = objective("dino", teacher_temperature=0.09, warmup=0.4)
-    for parameter in (*method.student.parameters(), *method.head.parameters()):
+    for parameter in (*method.student.parameters(), *method.head.student.parameters()):
         torch.nn.init.normal_(parameter)
     step(method, 8, seed=3)
     method.after_step(progress)
-    assert method.centre.mean.any()
+    assert method.head.centre.any()
     return method
 
 
@@ -78,7 +78,7 @@ def test_loss_is_equation_3_with_the_teacher_of_the_moment(number: int, progress
     method = method_in_training(progress)
     images = views(6, seed=5, like=method)[:number]
     whole, local = torch.cat(images[:2]), images[2:]
-    rows = targets_by_the_paper(teacher_scores(method, whole), method.centre.mean.tolist(), temperature)
+    rows = targets_by_the_paper(teacher_scores(method, whole), method.head.centre.tolist(), temperature)
     predictions = [student_scores(method, whole), student_scores(method, torch.cat(local)) if local else []]
     students = [softmax(row, 0.1) for part in predictions for row in part]
     pairs = [(teacher, student) for teacher in range(2) for student in range(number) if teacher != student]
@@ -100,17 +100,17 @@ def test_centre_is_a_running_mean_of_the_teacher_s_scores() -> None:
     for number in range(3):
         scores = teacher_scores(method, torch.cat(views(8, seed=number, like=method)[:2]))
         step(method, 8, seed=number)
-        assert method.centre.mean.tolist() == pytest.approx(expected, abs=1e-9)  # changes after the step, not in it
+        assert method.head.centre.tolist() == pytest.approx(expected, abs=1e-9)  # changes after the step, not in it
         method.after_step(0.1 * number)
         expected = [0.7 * old + 0.3 * new for old, new in zip(expected, mean_row(scores), strict=True)]
-        assert method.centre.mean.tolist() == pytest.approx(expected, abs=1e-9)
+        assert method.head.centre.tolist() == pytest.approx(expected, abs=1e-9)
     method.after_step(0.5)  # nothing new was seen
-    assert method.centre.mean.tolist() == pytest.approx(expected, abs=1e-9)
+    assert method.head.centre.tolist() == pytest.approx(expected, abs=1e-9)
 
 
 def test_backbone_is_a_teacher_that_follows_the_student_with_a_rising_momentum() -> None:
     method = objective("dino")
-    networks = [(method.backbone, method.student), (method.teacher_head, method.head)]
+    networks = [(method.backbone, method.student), (method.head.teacher, method.head.student)]
     before = [[p.clone() for p in teacher.parameters()] for teacher, _ in networks]
     for _, student in networks:
         for parameter in student.parameters():
@@ -128,14 +128,14 @@ def test_prototypes_are_frozen_at_the_start_and_the_rest_is_not() -> None:
         method.zero_grad()
         method.after_step(progress)
         step(method, 8)["loss"].backward()
-        assert bool(method.head.prototypes.weight.grad.any()) == moves
-        assert method.head.layers[0].weight.grad.any()
+        assert bool(method.head.student.prototypes.weight.grad.any()) == moves
+        assert method.head.student.layers[0].weight.grad.any()
         assert method.student.network.layers[0].weight.grad.any()
 
 
 def test_energy_is_the_cross_entropy_of_teacher_and_student() -> None:
     method = method_in_training(0.2).eval()
     x, y = views(5)
-    teacher = targets_by_the_paper(teacher_scores(method, y), method.centre.mean.tolist(), 0.065)
+    teacher = targets_by_the_paper(teacher_scores(method, y), method.head.centre.tolist(), 0.065)
     student = [softmax(row, 0.1) for row in student_scores(method, x)]
     assert method.energy(x, y).tolist() == pytest.approx(list(map(distance, teacher, student)), abs=1e-9)

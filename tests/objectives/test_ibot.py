@@ -59,12 +59,12 @@ def method_in_training(progress: float, **options: float) -> ibot.IBOT:
     """A teacher that is not the student, centres that are not zero."""
     changed = {"teacher_temperature": 0.09, "patch_teacher_temperature": 0.06, "warmup": 0.4, **options}
     method = objective("ibot", **changed)
-    for module in (method.student, method.head, method.patch_head):
+    for module in (method.student, method.head.student, method.patch_head.student):
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter)
     step(method, 8, seed=3)
     method.after_step(progress)
-    assert method.centre.mean.any() and method.patch_centre.mean.any()
+    assert method.head.centre.any() and method.patch_head.centre.any()
     return method
 
 
@@ -95,13 +95,15 @@ def test_loss_is_dinos_and_that_of_hidden_patches(number: int, progress: float, 
                     image[0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = method.backbone.mean.item()
 
     pooled, tokens = method.backbone.both(whole)
-    teacher = centred(scores(method.teacher_head, pooled), method.centre.mean, 0.04 + 0.05 * warm)
-    patch_scores = scores(method.teacher_patch_head, tokens.flatten(0, 1))
-    patch_teacher = centred(patch_scores, method.patch_centre.mean, 0.04 + 0.02 * warm)
+    teacher = centred(scores(method.head.teacher, pooled), method.head.centre, 0.04 + 0.05 * warm)
+    patch_scores = scores(method.patch_head.teacher, tokens.flatten(0, 1))
+    patch_teacher = centred(patch_scores, method.patch_head.centre, 0.04 + 0.02 * warm)
     pooled, tokens = method.student.both(painted)
-    rows = scores(method.head, pooled) + (scores(method.head, method.student(torch.cat(local))) if local else [])
+    rows = scores(method.head.student, pooled) + (
+        scores(method.head.student, method.student(torch.cat(local))) if local else []
+    )
     student = [softmax(row, 0.1) for row in rows]
-    patch_student = [softmax(row, 0.1) for row in scores(method.patch_head, tokens.flatten(0, 1))]
+    patch_student = [softmax(row, 0.1) for row in scores(method.patch_head.student, tokens.flatten(0, 1))]
 
     pairs = [(a, b) for a in range(2) for b in range(number) if a != b]
     cls = sum(distance(teacher[batch * a + i], student[batch * b + i]) for a, b in pairs for i in range(batch))
@@ -153,23 +155,23 @@ def test_both_centres_are_running_means_of_the_teachers_scores() -> None:
     expected = [[0.0] * 7, [0.0] * 7]
     for number in range(3):
         pooled, tokens = method.backbone.both(torch.cat(views(8, seed=number, like=method)[:2]))
-        new = [scores(method.teacher_head, pooled), scores(method.teacher_patch_head, tokens.flatten(0, 1))]
+        new = [scores(method.head.teacher, pooled), scores(method.patch_head.teacher, tokens.flatten(0, 1))]
         step(method, 8, seed=number)
         method.after_step(0.1 * number)
         expected = [
             [0.7 * a + 0.3 * b for a, b in zip(old, mean_row(rows), strict=True)]
             for old, rows in zip(expected, new, strict=True)
         ]
-        for centre, values in zip((method.centre, method.patch_centre), expected, strict=True):
-            assert centre.mean.tolist() == pytest.approx(values, abs=1e-9)
+        for centre, values in zip((method.head.centre, method.patch_head.centre), expected, strict=True):
+            assert centre.tolist() == pytest.approx(values, abs=1e-9)
 
 
 def test_backbone_is_a_teacher_that_follows_the_student_with_a_rising_momentum() -> None:
     method = objective("ibot")
     networks = [
         (method.backbone, method.student),
-        (method.teacher_head, method.head),
-        (method.teacher_patch_head, method.patch_head),
+        (method.head.teacher, method.head.student),
+        (method.patch_head.teacher, method.patch_head.student),
     ]
     before = [[p.clone() for p in teacher.parameters()] for teacher, _ in networks]
     for _, student in networks:
@@ -188,7 +190,7 @@ def test_prototypes_of_both_heads_are_frozen_at_the_start_and_the_rest_is_not() 
         method.zero_grad()
         method.after_step(progress)
         step(method, 8)["loss"].backward()
-        for head in (method.head, method.patch_head):
+        for head in (method.head.student, method.patch_head.student):
             assert bool(head.prototypes.weight.grad.any()) == moves
             assert head.layers[0].weight.grad.any()
 
@@ -196,8 +198,8 @@ def test_prototypes_of_both_heads_are_frozen_at_the_start_and_the_rest_is_not() 
 def test_energy_is_the_cross_entropy_of_teacher_and_student() -> None:
     method = method_in_training(0.2).eval()
     x, y = views(5)
-    teacher = centred(scores(method.teacher_head, method.backbone(y)), method.centre.mean, 0.065)
-    student = [softmax(row, 0.1) for row in scores(method.head, method.student(x))]
+    teacher = centred(scores(method.head.teacher, method.backbone(y)), method.head.centre, 0.065)
+    student = [softmax(row, 0.1) for row in scores(method.head.student, method.student(x))]
     assert method.energy(x, y).tolist() == pytest.approx(list(map(distance, teacher, student)), abs=1e-9)
 
 

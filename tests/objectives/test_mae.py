@@ -53,7 +53,7 @@ def test_loss_is_the_error_on_the_hidden_patches_only(normalise: bool) -> None:
     torch.manual_seed(3)
     order = torch.rand(6, 16).argsort(1)
     visible, hidden = order[:, :4], order[:, 4:]  # a quarter of 16 patches stays visible
-    predicted = method.decoder(method.backbone, x, visible, hidden).tolist()
+    predicted = method.decoder(method.backbone, x, visible, hidden)[0].tolist()
     image = ((x - 0.4) / 0.3).tolist()
     expected = sum(error(predicted[i], image[i], hidden[i].tolist(), normalise=normalise) for i in range(6)) / 6
     assert terms["loss"].item() == pytest.approx(expected, abs=1e-9)
@@ -66,7 +66,7 @@ def test_energy_shows_x_and_asks_for_y_under_fixed_masks() -> None:
     image, expected = ((y - 0.4) / 0.3).tolist(), [0.0] * 5
     orders = masks.fixed_orders(16, 12, torch.device("cpu"))
     for order in orders.expand(5, -1, -1).unbind(1):
-        predicted = method.decoder(method.backbone, x, order[:, :4], order[:, 4:]).tolist()
+        predicted = method.decoder(method.backbone, x, order[:, :4], order[:, 4:])[0].tolist()
         for index in range(5):
             hidden = order[index, 4:].tolist()
             expected[index] += error(predicted[index], image[index], hidden, normalise=True) / len(orders)
@@ -77,9 +77,9 @@ def test_nothing_of_a_hidden_patch_reaches_the_prediction() -> None:
     method = objective("mae").eval()
     x, _ = views(3)
     order = torch.arange(16).expand(3, -1)
-    before = method.decoder(method.backbone, x, order[:, :4], order[:, 4:])
+    before = method.decoder(method.backbone, x, order[:, :4], order[:, 4:])[0]
     x[:, :, 2:, :] = torch.rand(3, 1, 6, 8, dtype=torch.float64)  # patches 0 to 3 are the uppermost two rows of pixels
-    assert torch.equal(method.decoder(method.backbone, x, order[:, :4], order[:, 4:]), before)
+    assert torch.equal(method.decoder(method.backbone, x, order[:, :4], order[:, 4:])[0], before)
 
 
 def test_a_backbone_without_patches_is_refused_with_the_reason() -> None:

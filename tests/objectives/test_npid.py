@@ -20,8 +20,8 @@ def collapse(method: npid.NPID, monkeypatch: pytest.MonkeyPatch) -> None:
         return -(v * rows[samples]).sum(1).mean()
 
     monkeypatch.setattr(npid, "exact_softmax", pull)
-    monkeypatch.setattr(method.bank, "update", lambda *_: None)
-    method.bank.rows.copy_(method.bank.rows[:1].expand_as(method.bank.rows))
+    monkeypatch.setattr(method.memory.bank, "update", lambda *_: None)
+    method.memory.bank.rows.copy_(method.memory.bank.rows[:1].expand_as(method.memory.bank.rows))
 
 
 def unit(vector: list[float]) -> list[float]:
@@ -79,7 +79,7 @@ def test_loss_is_equation_10_with_the_constant_of_the_first_batch(temperature: f
     constant = 0.0
     for seed in (3, 4):
         (x,), own, noise = views(6, seed=seed)[:1], samples(6, seed=seed), drawn(6, 5, seed)
-        v, bank = features(method, x), method.bank.rows.tolist()
+        v, bank = features(method, x), method.memory.bank.rows.tolist()
         constant = constant or constant_by_equation_8(v, bank, own.tolist(), noise, temperature)
         nce = loss_by_equation_7(v, bank, own.tolist(), noise, constant, temperature)
         proximal = proximal_by_equation_9(v, bank, own.tolist())
@@ -88,7 +88,7 @@ def test_loss_is_equation_10_with_the_constant_of_the_first_batch(temperature: f
         found = [terms[name].item() for name in ("discrimination", "proximal", "loss")]
         assert found == pytest.approx([nce, proximal, nce + 0.3 * proximal], abs=1e-9)
         method.after_step(0.5)
-        assert method.constant.item() == pytest.approx(constant, rel=1e-12)
+        assert method.memory.constant.item() == pytest.approx(constant, rel=1e-12)
 
 
 def test_the_defaults_are_those_of_the_authors_code() -> None:
@@ -100,7 +100,7 @@ def test_without_noise_the_loss_is_the_exact_softmax_over_all_samples() -> None:
     """Equation 2; lib/LinearAverage.py and a cross-entropy."""
     method = objective("npid", negatives=0, temperature=0.2)
     (x,), own = views(6)[:1], samples(6)
-    v, bank = features(method, x), method.bank.rows.tolist()
+    v, bank = features(method, x), method.memory.bank.rows.tolist()
     expected = 0.0
     for row, i in zip(v, own.tolist(), strict=True):
         scores = [math.exp(dot(row, other) / 0.2) for other in bank]
@@ -114,14 +114,14 @@ def test_the_bank_averages_the_rows_of_the_samples_seen_and_no_others(options: d
     method = objective("npid", **options)
     momentum = options.get("momentum", 0.5)
     (x,), own = views(6)[:1], samples(6)
-    v, expected = features(method, x), method.bank.rows.tolist()
+    v, expected = features(method, x), method.memory.bank.rows.tolist()
     for row, i in zip(v, own.tolist(), strict=True):
         expected[i] = unit([momentum * old + (1 - momentum) * new for old, new in zip(expected[i], row, strict=True)])
-    before = method.bank.rows.clone()
+    before = method.memory.bank.rows.clone()
     method((x,), own)
-    assert torch.equal(method.bank.rows, before)
+    assert torch.equal(method.memory.bank.rows, before)
     method.after_step(0.5)
-    torch.testing.assert_close(method.bank.rows, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(method.memory.bank.rows, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_a_step_that_is_skipped_changes_nothing() -> None:
@@ -131,9 +131,9 @@ def test_a_step_that_is_skipped_changes_nothing() -> None:
         one.backbone.load_state_dict(objective("npid").backbone.state_dict())  # the running statistics moved
         step(one, 8, seed=2)
         one.after_step(0.1)
-        once = one.bank.rows.clone()
+        once = one.memory.bank.rows.clone()
         one.after_step(0.2)
-        assert torch.equal(one.bank.rows, once)
+        assert torch.equal(one.memory.bank.rows, once)
     for key, value in method.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
 

@@ -72,7 +72,7 @@ def test_loss_is_equation_5_with_the_constant_of_the_first_batch(options: dict[s
         torch.manual_seed(seed)
         orders = torch.rand(6, patches).argsort(1).tolist()
         noise = torch.randint(NUM_SAMPLES, (6, 5)).tolist()
-        bank = method.bank.rows.tolist()
+        bank = method.memory.bank.rows.tolist()
         of_jigsaw = scores(jigsaw_features(method, x, orders), bank, own.tolist(), noise, temperature)
         of_image = scores(image_features(method, x), bank, own.tolist(), noise, temperature)
         constant = constant or NUM_SAMPLES * sum(map(sum, of_jigsaw)) / 36
@@ -82,7 +82,7 @@ def test_loss_is_equation_5_with_the_constant_of_the_first_batch(options: dict[s
         found = [terms[name].item() for name in ("jigsaw", "image", "loss")]
         assert found == pytest.approx([jigsaw, image, weight * jigsaw + (1 - weight) * image], abs=1e-9)
         method.after_step(0.5)
-        assert method.constant.item() == pytest.approx(constant, rel=1e-12)
+        assert method.memory.constant.item() == pytest.approx(constant, rel=1e-12)
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -114,14 +114,14 @@ def test_pixels_that_the_grid_does_not_divide_are_cut_off() -> None:
 def test_the_bank_averages_the_image_features_of_the_samples_seen_and_no_others() -> None:
     method = objective("pirl", momentum=0.8)
     (x,), own = views(6)[:1], samples(6)
-    expected = method.bank.rows.tolist()
+    expected = method.memory.bank.rows.tolist()
     for row, i in zip(image_features(method, x), own.tolist(), strict=True):
         expected[i] = unit([0.8 * old + 0.2 * new for old, new in zip(expected[i], row, strict=True)])
-    before = method.bank.rows.clone()
+    before = method.memory.bank.rows.clone()
     method((x,), own)
-    assert torch.equal(method.bank.rows, before)
+    assert torch.equal(method.memory.bank.rows, before)
     method.after_step(0.5)
-    torch.testing.assert_close(method.bank.rows, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(method.memory.bank.rows, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_a_step_that_is_skipped_changes_nothing() -> None:
@@ -131,9 +131,9 @@ def test_a_step_that_is_skipped_changes_nothing() -> None:
         one.backbone.load_state_dict(objective("pirl").backbone.state_dict())  # the running statistics moved
         step(one, 8, seed=2)
         one.after_step(0.1)
-        once = one.bank.rows.clone()
+        once = one.memory.bank.rows.clone()
         one.after_step(0.2)
-        assert torch.equal(one.bank.rows, once)
+        assert torch.equal(one.memory.bank.rows, once)
     for key, value in method.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
 

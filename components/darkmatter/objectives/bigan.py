@@ -62,9 +62,7 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, images: Images, latents: Float[Tensor, "batch latent"]) -> Float[Tensor, " batch"]:
-        # Their product as well: whether z belongs to x is a question about both at once.
-        image, latent = self.image(images), self.latent(latents)
-        return heads.full_precision(self.joint(image + latent)).squeeze(1)
+        return heads.full_precision(self.joint(self.image(images) + self.latent(latents))).squeeze(1)
 
 
 def discrimination(encoded: Float[Tensor, " batch"], generated: Float[Tensor, " batch"]) -> Float[Tensor, ""]:

@@ -28,7 +28,7 @@ from darkmatter.backbones import Backbone
 from darkmatter.objectives import Images, Mechanism, Objective, Samples, Terms, Views, total
 from darkmatter.params import Config as _Config
 from darkmatter.params import ParamsError
-from darkmatter.parts import heads
+from darkmatter.parts import heads, multi_crop
 
 
 class Config(_Config):
@@ -105,8 +105,7 @@ class DeepCluster(Objective):
 
     def _project(self, views: Views) -> Float[Tensor, "views_times_batch features"]:
         """The backbone once for each size, the projector once for all, as the authors do: batch norms see it."""
-        sizes = [list(views[: self.num_views]), list(views[self.num_views :])]
-        features = torch.cat([self.backbone(torch.cat(size)) for size in sizes if size])
+        features = multi_crop.features(self.backbone, views)
         return F.normalize(heads.full_precision(self.projector(features)), dim=1)
 
     def _scores(self, z: Float[Tensor, "rows features"]) -> list[Float[Tensor, "rows _"]]:
@@ -115,9 +114,7 @@ class DeepCluster(Objective):
 
     def energy(self, x: Images, y: Images) -> Float[Tensor, " batch"]:
         pairs = zip(self._scores(self._project([x])), self._scores(self._project([y])), strict=True)
-        tau = self.config.temperature
-        least = [(-F.log_softmax(u / tau, dim=1) - F.log_softmax(v / tau, dim=1)).amin(1) for u, v in pairs]
-        return torch.stack(least).mean(0)
+        return torch.stack([heads.same_prototype(u, v, self.config.temperature) for u, v in pairs]).mean(0)
 
     def loss(self, views: Views, samples: Samples) -> Terms:
         z = self._project(views)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
@@ -40,13 +39,6 @@ def destroy(images: Images, share: float) -> Images:
     return images * kept.view(batch, 1, height, width)
 
 
-def cross_entropy(
-    logits: Float[Tensor, "batch channels size size"], pixels: Float[Tensor, "batch channels size size"]
-) -> Float[Tensor, ""]:
-    """Equation 2 of the paper: summed over pixels, mean over images."""
-    return F.binary_cross_entropy_with_logits(logits, pixels, reduction="sum") / len(pixels)
-
-
 class Denoising(Objective):
     against_collapse: ClassVar[Mechanism] = "reconstruction"
     num_views: ClassVar[int] = 1
@@ -69,7 +61,7 @@ class Denoising(Objective):
 
     def loss(self, views: Sequence[Images], samples: Samples) -> Terms:
         (y,) = views
-        loss = cross_entropy(self._reconstruct(destroy(y, self.destroyed)), y)
+        loss = decoders.cross_entropy(self._reconstruct(destroy(y, self.destroyed)), y).mean()
         return total(loss, cross_entropy=loss)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from darkmatter.backbones import Backbone
 from darkmatter.objectives import Images, Mechanism, Objective, Samples, Terms, Views, total
 from darkmatter.params import Config as _Config
-from darkmatter.parts import distillation, heads, teacher
+from darkmatter.parts import distillation, multi_crop, teacher
 
 
 class Config(_Config):
@@ -55,40 +55,27 @@ class DINO(Objective):
         super().__init__(backbone)
         self.config = config
         self.student = copy.deepcopy(backbone)
-        self.head = heads.PrototypeHead(backbone.num_features, config.head, config.prototypes)
         self.backbone.requires_grad_(False)
-        self.teacher_head = teacher.copy_of(self.head)
-        self.centre = distillation.Centre(config.prototypes)
+        self.head = distillation.Head(backbone.num_features, config.head, config.prototypes)
         self.progress: Tensor
         self.register_buffer("progress", torch.zeros(()))
 
-    def _student_scores(self, features: Float[Tensor, "rows features"]) -> Float[Tensor, "rows prototypes"]:
-        return distillation.scores_of(self.head, features, trained=self.progress >= self.config.freeze)
-
     @torch.no_grad()
-    def _teacher_scores(self, y: Images) -> Float[Tensor, "batch prototypes"]:
-        return heads.full_precision(self.teacher_head(self.backbone(y)))
-
-    def _targets(self, scores: Float[Tensor, "rows prototypes"]) -> Float[Tensor, "rows prototypes"]:
+    def _targets(self, y: Images) -> Float[Tensor, "batch prototypes"]:
         config = self.config
         temperature = distillation.warmed_up(
             config.teacher_temperature_start, config.teacher_temperature, self.progress, config.warmup
         )
-        return self.centre.targets(scores, temperature)
+        return self.head.targets(self.backbone(y), temperature)
 
     def energy(self, x: Images, y: Images) -> Float[Tensor, " batch"]:
-        targets = self._targets(self._teacher_scores(y))
-        return distillation.cross_entropy(
-            targets, self._student_scores(self.student(x)), self.config.student_temperature
-        )
+        scores = self.head.scores(self.student(x))
+        return distillation.cross_entropy(self._targets(y), scores, self.config.student_temperature)
 
     def loss(self, views: Views, samples: Samples) -> Terms:
-        whole, local = torch.cat(list(views[: self.num_views])), list(views[self.num_views :])
-        teacher_scores = self._teacher_scores(whole)
-        self.centre.see(teacher_scores)
-        targets = self._targets(teacher_scores)
-        features = [self.student(whole), *([self.student(torch.cat(local))] if local else [])]
-        scores = self._student_scores(torch.cat(features))
+        targets = self._targets(torch.cat(list(views[: self.num_views])))
+        features = multi_crop.features(self.student, views)
+        scores = self.head.scores(features, trained=self.progress >= self.config.freeze)
         cross_entropy = distillation.across_views(targets, scores, len(views), self.config.student_temperature)
         entropy, entropy_of_mean = distillation.entropies(targets)
         return total(
@@ -101,8 +88,7 @@ class DINO(Objective):
     def after_step(self, progress: float) -> None:
         momentum = teacher.cosine_momentum(self.config.momentum, progress)
         teacher.follow(self.backbone, self.student, momentum)
-        teacher.follow(self.teacher_head, self.head, momentum)
-        self.centre.follow(self.config.centre_momentum)
+        self.head.follow(momentum, self.config.centre_momentum)
         self.progress.fill_(progress)
 
 

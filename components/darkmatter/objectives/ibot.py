@@ -30,7 +30,7 @@ from darkmatter import collectives
 from darkmatter.backbones import Backbone
 from darkmatter.objectives import Images, Mechanism, Objective, Samples, Terms, Views, total
 from darkmatter.params import Config as _Config
-from darkmatter.parts import decoders, distillation, heads, masks, teacher
+from darkmatter.parts import decoders, distillation, heads, masks, multi_crop, teacher
 
 
 class Config(_Config):
@@ -97,13 +97,9 @@ class IBOT(Objective):
         decoders.need_patches(backbone, 4, method="ibot")
         self.config = config
         self.student = copy.deepcopy(backbone)
-        self.head = heads.PrototypeHead(backbone.num_features, config.head, config.prototypes)
-        self.patch_head = heads.PrototypeHead(backbone.token_features, config.head, config.prototypes)
         self.backbone.requires_grad_(False)
-        self.teacher_head = teacher.copy_of(self.head)
-        self.teacher_patch_head = teacher.copy_of(self.patch_head)
-        self.centre = distillation.Centre(config.prototypes)
-        self.patch_centre = distillation.Centre(config.prototypes)
+        self.head = distillation.Head(backbone.num_features, config.head, config.prototypes)
+        self.patch_head = distillation.Head(backbone.token_features, config.head, config.prototypes)
         self.progress: Tensor
         self.register_buffer("progress", torch.zeros(()))
 
@@ -111,14 +107,10 @@ class IBOT(Objective):
         config = self.config
         return distillation.warmed_up(config.teacher_temperature_start, end, self.progress, config.warmup)
 
-    @torch.no_grad()
-    def _teacher_scores(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch prototypes"]:
-        return heads.full_precision(self.teacher_head(features))
-
     def energy(self, x: Images, y: Images) -> Float[Tensor, " batch"]:
-        temperature = self._temperature(self.config.teacher_temperature)
-        targets = self.centre.targets(self._teacher_scores(self.backbone(y)), temperature)
-        scores = heads.full_precision(self.head(self.student(x)))
+        with torch.no_grad():
+            targets = self.head.targets(self.backbone(y), self._temperature(self.config.teacher_temperature))
+        scores = self.head.scores(self.student(x))
         return distillation.cross_entropy(targets, scores, self.config.student_temperature)
 
     def _hide(self, view: Images) -> Bool[Tensor, "batch patches"]:
@@ -131,25 +123,22 @@ class IBOT(Objective):
     def _targets(
         self, whole: Images
     ) -> tuple[Float[Tensor, "batch prototypes"], Float[Tensor, "batch patches prototypes"]]:
-        """What the teacher says of images and of their patches; the centres take note."""
+        """What the teacher says of images and of their patches."""
         pooled, tokens = self.backbone.both(whole)
-        scores, patch_scores = self._teacher_scores(pooled), heads.full_precision(self.teacher_patch_head(tokens))
-        self.centre.see(scores)
-        self.patch_centre.see(patch_scores)
         return (
-            self.centre.targets(scores, self._temperature(self.config.teacher_temperature)),
-            self.patch_centre.targets(patch_scores, self._temperature(self.config.patch_teacher_temperature)),
+            self.head.targets(pooled, self._temperature(self.config.teacher_temperature)),
+            self.patch_head.targets(tokens, self._temperature(self.config.patch_teacher_temperature)),
         )
 
     def loss(self, views: Views, samples: Samples) -> Terms:
         config, trained = self.config, self.progress >= self.config.freeze
-        whole, local = list(views[: self.num_views]), list(views[self.num_views :])
+        whole, local = list(views[: self.num_views]), views[self.num_views :]
         targets, patch_targets = self._targets(torch.cat(whole))
         hidden = torch.cat([self._hide(view) for view in whole])
         pooled, tokens = self.student.both(self.student.hide(torch.cat(whole), hidden))
-        features = [pooled, *([self.student(torch.cat(local))] if local else [])]
-        scores = distillation.scores_of(self.head, torch.cat(features), trained=trained)
-        patch_scores = distillation.scores_of(self.patch_head, tokens, trained=trained)
+        features = torch.cat([pooled, *([multi_crop.features(self.student, local)] if local else [])])
+        scores = self.head.scores(features, trained=trained)
+        patch_scores = self.patch_head.scores(tokens, trained=trained)
 
         l_cls = distillation.across_views(targets, scores, len(views), config.student_temperature)
         l_mim = masked_image_modelling(patch_targets, patch_scores, hidden, config.student_temperature)
@@ -164,10 +153,8 @@ class IBOT(Objective):
     def after_step(self, progress: float) -> None:
         momentum = teacher.cosine_momentum(self.config.momentum, progress)
         teacher.follow(self.backbone, self.student, momentum)
-        teacher.follow(self.teacher_head, self.head, momentum)
-        teacher.follow(self.teacher_patch_head, self.patch_head, momentum)
-        self.centre.follow(self.config.centre_momentum)
-        self.patch_centre.follow(self.config.centre_momentum)
+        self.head.follow(momentum, self.config.centre_momentum)
+        self.patch_head.follow(momentum, self.config.centre_momentum)
         self.progress.fill_(progress)
 
 

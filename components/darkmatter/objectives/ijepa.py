@@ -72,12 +72,7 @@ class IJEPA(Objective):
     def _predict(
         self, x: Images, context: Int64[Tensor, "batch context"], targets: Int64[Tensor, "targets batch block"]
     ) -> Float[Tensor, "targets batch block features"]:
-        if self.student.drops_patches:  # each target on its own: no token of one target sees another's
-            tokens = self.student.patches(x, context)
-            predictions = [self.predictor.predictor(tokens, context, target) for target in targets]
-        else:
-            together = self.predictor(self.student, x, context, torch.cat(list(targets), dim=1))
-            predictions = list(together.chunk(len(targets), dim=1))
+        predictions = self.predictor(self.student, x, context, *targets)
         return heads.full_precision(torch.stack(predictions))
 
     @torch.no_grad()

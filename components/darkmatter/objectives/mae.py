@@ -74,10 +74,12 @@ class MAE(Objective):
     def _error(self, x: Images, y: Images, order: Int64[Tensor, "batch patches"]) -> Float[Tensor, " batch"]:
         """How far the hidden patches of y, the tail of `order`, are from what the visible ones of x let expect."""
         visible, hidden = order[:, : -self.num_hidden], order[:, -self.num_hidden :]
-        predicted = heads.full_precision(self.decoder(self.backbone, x, visible, hidden))
+        (predicted,) = self.decoder(self.backbone, x, visible, hidden)
         target = decoders.patchify(self.backbone.normalise(y), self.backbone.grid)
         target = pick(target, hidden)
-        return reconstruction(predicted, normalise(target) if self.config.normalise_pixels else target)
+        return reconstruction(
+            heads.full_precision(predicted), normalise(target) if self.config.normalise_pixels else target
+        )
 
     def energy(self, x: Images, y: Images) -> Float[Tensor, " batch"]:
         orders = masks.fixed_orders(self.backbone.grid**2, self.num_hidden, x.device)

@@ -18,17 +18,15 @@ Family: contrastive. Choose it when there is one view a sample and memory for a 
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from darkmatter import collectives
 from darkmatter.backbones import Backbone
 from darkmatter.objectives import Images, Mechanism, Objective, Samples, Terms, total
 from darkmatter.params import Config as _Config
-from darkmatter.parts import heads, memory, noise_contrast
+from darkmatter.parts import heads, noise_contrast
 
 
 class Config(_Config):
@@ -65,10 +63,7 @@ class NPID(Objective):
         super().__init__(backbone)
         self.config = config
         self.head = nn.Linear(backbone.num_features, config.features)
-        self.bank = memory.Bank(num_samples, config.features)
-        self.constant: Tensor
-        self.register_buffer("constant", torch.zeros(()))  # 0: not estimated yet
-        self.seen: tuple[Tensor, Tensor, Tensor] | None = None
+        self.memory = noise_contrast.Discrimination(num_samples, config.features)
 
     def _feature(self, x: Images) -> Float[Tensor, "batch features"]:
         return F.normalize(heads.full_precision(self.head(self.backbone(x))), dim=1)
@@ -77,26 +72,17 @@ class NPID(Objective):
         return -(self._feature(x) * self._feature(y)).sum(1) / self.config.temperature
 
     def loss(self, views: Sequence[Images], samples: Samples) -> Terms:
-        v, rows, temperature = self._feature(views[0]), self.bank.rows, self.config.temperature
-        constant = self.constant
-        if count := self.config.negatives:
-            drawn = collectives.draw(lambda size: torch.randint(len(rows), (size, count), device=v.device), len(v))
-            own = (v * rows[samples]).sum(1) / temperature
-            noise = torch.einsum("bd,bmd->bm", v, rows[drawn]) / temperature
-            constant = torch.where(constant > 0, constant, noise_contrast.partition(own, noise, len(rows)))
-            discrimination = noise_contrast.nce(own, noise, constant, len(rows))
+        v, rows, config = self._feature(views[0]), self.memory.bank.rows, self.config
+        if config.negatives:
+            (discrimination,) = self.memory.losses([v], samples, config.negatives, config.temperature)
         else:
-            discrimination = exact_softmax(v, rows, samples, temperature)
+            discrimination = exact_softmax(v, rows, samples, config.temperature)
         moved = proximal(v, rows[samples])
-        self.seen = samples, v.detach(), constant
-        return total(discrimination + self.config.proximal * moved, discrimination=discrimination, proximal=moved)
+        self.memory.see(samples, v)
+        return total(discrimination + config.proximal * moved, discrimination=discrimination, proximal=moved)
 
     def after_step(self, progress: float) -> None:
-        if self.seen is not None:
-            samples, v, constant = self.seen
-            self.bank.update(samples, v, self.config.momentum)
-            self.constant.copy_(constant)
-            self.seen = None
+        self.memory.follow(self.config.momentum)
 
 
 def build(config: Config, backbone: Backbone, num_samples: int) -> NPID:

@@ -25,12 +25,11 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from darkmatter import collectives
 from darkmatter.backbones import Backbone
 from darkmatter.objectives import Images, Mechanism, Objective, Samples, Terms, total
 from darkmatter.params import Config as _Config
 from darkmatter.params import ParamsError
-from darkmatter.parts import heads, masks, memory, noise_contrast
+from darkmatter.parts import heads, masks, noise_contrast
 
 
 class Config(_Config):
@@ -65,10 +64,7 @@ class PIRL(Objective):
         self.image_head = nn.Linear(backbone.num_features, config.features)
         self.patch_head = nn.Linear(backbone.num_features, config.features)
         self.jigsaw_head = nn.Linear(config.grid**2 * config.features, config.features)
-        self.bank = memory.Bank(num_samples, config.features)
-        self.constant: Tensor
-        self.register_buffer("constant", torch.zeros(()))  # 0: not estimated yet
-        self.seen: tuple[Tensor, Tensor, Tensor] | None = None
+        self.memory = noise_contrast.Discrimination(num_samples, config.features)
 
     def _image(self, x: Images) -> Float[Tensor, "batch features"]:
         """f(x)"""
@@ -87,31 +83,15 @@ class PIRL(Objective):
         return -(self._image(x) * newest).sum(1) / self.config.temperature
 
     def loss(self, views: Sequence[Images], samples: Samples) -> Terms:
-        (x,), config, rows = views, self.config, self.bank.rows
+        (x,), config = views, self.config
         image, jigsaw = self._image(x), self._jigsaw(x, masks.random_order(len(x), config.grid**2, x.device))
-        drawn = collectives.draw(
-            lambda size: torch.randint(len(rows), (size, config.negatives), device=x.device), len(x)
-        )
-        remembered, others = rows[samples], rows[drawn]
-
-        def scores(v: Tensor) -> tuple[Tensor, Tensor]:
-            own, noise = (v * remembered).sum(1), torch.einsum("bd,bmd->bm", v, others)
-            return own / config.temperature, noise / config.temperature
-
-        own, noise = scores(jigsaw)
-        constant = torch.where(self.constant > 0, self.constant, noise_contrast.partition(own, noise, len(rows)))
-        of_jigsaw = noise_contrast.nce(own, noise, constant, len(rows))
-        of_image = noise_contrast.nce(*scores(image), constant, len(rows))
-        self.seen = samples, image.detach(), constant
+        of_jigsaw, of_image = self.memory.losses([jigsaw, image], samples, config.negatives, config.temperature)
+        self.memory.see(samples, image)
         weighted = config.jigsaw * of_jigsaw + (1 - config.jigsaw) * of_image
         return total(weighted, jigsaw=of_jigsaw, image=of_image)
 
     def after_step(self, progress: float) -> None:
-        if self.seen is not None:
-            samples, image, constant = self.seen
-            self.bank.update(samples, image, self.config.momentum)
-            self.constant.copy_(constant)
-            self.seen = None
+        self.memory.follow(self.config.momentum)
 
 
 def build(config: Config, backbone: Backbone, num_samples: int) -> PIRL:

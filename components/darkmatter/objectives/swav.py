@@ -26,7 +26,7 @@ from darkmatter import collectives
 from darkmatter.backbones import Backbone
 from darkmatter.objectives import Images, Mechanism, Objective, Samples, Terms, Views, total
 from darkmatter.params import Config as _Config
-from darkmatter.parts import heads, memory
+from darkmatter.parts import heads, memory, multi_crop
 
 
 class Config(_Config):
@@ -90,15 +90,11 @@ class SwAV(Objective):
 
     def _project(self, views: Views) -> Float[Tensor, "views_times_batch features"]:
         """The backbone once for each size, the projector once for all, as the authors do: batch norms see it."""
-        sizes = [list(views[: self.num_views]), list(views[self.num_views :])]
-        features = torch.cat([self.backbone(torch.cat(size)) for size in sizes if size])
+        features = multi_crop.features(self.backbone, views)
         return F.normalize(heads.full_precision(self.projector(features)), dim=1)
 
     def _scores(self, z: Float[Tensor, "rows features"]) -> Float[Tensor, "rows prototypes"]:
-        fixed = self.prototypes.weight.detach()
-        # While frozen, a gradient of zero and not none, which DistributedDataParallel would wait for.
-        weight = fixed + (self.prototypes.weight - fixed) * (self.progress >= self.config.freeze)
-        return heads.full_precision(torch.func.functional_call(self.prototypes, {"weight": weight}, (z,)))
+        return heads.full_precision(self.prototypes(z, trained=self.progress >= self.config.freeze))
 
     @torch.no_grad()
     def _codes(self, number: int, z: Float[Tensor, "batch features"]) -> Float[Tensor, "batch prototypes"]:
@@ -110,10 +106,8 @@ class SwAV(Objective):
         return codes[-len(everyone) :].chunk(collectives.world_size())[collectives.rank()]
 
     def energy(self, x: Images, y: Images) -> Float[Tensor, " batch"]:
-        log_x, log_y = (
-            F.log_softmax(self._scores(self._project([view])) / self.config.temperature, dim=1) for view in (x, y)
-        )
-        return (-log_x - log_y).amin(1)
+        scores_x, scores_y = (self._scores(self._project([view])) for view in (x, y))
+        return heads.same_prototype(scores_x, scores_y, self.config.temperature)
 
     def loss(self, views: Views, samples: Samples) -> Terms:
         z = self._project(views)

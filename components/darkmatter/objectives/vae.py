@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
@@ -71,7 +70,7 @@ class VAE(Objective):
             lambda size: torch.randn(size, mean.shape[1], device=x.device, dtype=mean.dtype), len(x)
         )
         logits = heads.full_precision(self.decoder(mean + (log_variance / 2).exp() * noise))
-        reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
+        reconstruction = decoders.cross_entropy(logits, x).mean()
         kl = kl_divergence(mean, log_variance)
         return total(reconstruction + self.beta * kl, reconstruction=reconstruction, kl=kl)
 

@@ -57,6 +57,7 @@ class Book(nn.Module):
         self.register_buffer("counts", torch.ones(config.codes))
         self.register_buffer("sums", self.vectors.clone())
 
+    @heads.exact
     def nearest(self, z: Float[Tensor, "many features"]) -> Int64[Tensor, " many"]:
         distance = self.vectors.square().sum(1) - 2 * z @ self.vectors.T
         return distance.argmin(1)

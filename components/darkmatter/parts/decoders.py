@@ -78,14 +78,18 @@ class HiddenPatches(nn.Module):
         backbone: Backbone,
         images: Float[Tensor, "batch channels size size"],
         visible: Int64[Tensor, "batch visible"],
-        hidden: Int64[Tensor, "batch hidden"],
-    ) -> Float[Tensor, "batch hidden out"]:
-        """Predictions at the places `hidden`, from what `backbone` makes of the patches `visible` alone."""
+        *hidden: Int64[Tensor, "batch _"],
+    ) -> list[Float[Tensor, "batch _ out"]]:
+        """Predictions at each of these sets of places, from what `backbone` makes of the patches `visible` alone.
+
+        No prediction of one set depends on which places are in another.
+        """
         if backbone.drops_patches:
-            return self.predictor(backbone.patches(images, visible), visible, hidden)
+            tokens = backbone.patches(images, visible)
+            return [self.predictor(tokens, visible, places) for places in hidden]
         maps = backbone.patches(backbone.keep(images, visible)).transpose(1, 2).unflatten(2, (self.grid, self.grid))
         predicted = self.predictor(maps).flatten(2).transpose(1, 2)
-        return pick(predicted, hidden)
+        return [pick(predicted, places) for places in hidden]
 
 
 def sine_positions(grid: int, width: int) -> Float[Tensor, "patches width"]:
@@ -137,17 +141,22 @@ class PatchDecoder(nn.Sequential):
         )
 
 
+def cross_entropy(
+    logits: Float[Tensor, "batch channels size size"], pixels: Float[Tensor, "batch channels size size"]
+) -> Float[Tensor, " batch"]:
+    """What pixels in [0, 1] cost under Bernoulli probabilities, summed; nats. D. Kingma, M. Welling 2014, appendix C.1."""
+    return F.binary_cross_entropy_with_logits(logits, pixels, reduction="none").flatten(1).sum(1)
+
+
 def deviance(
     logits: Float[Tensor, "batch channels size size"], pixels: Float[Tensor, "batch channels size size"]
 ) -> Float[Tensor, " batch"]:
-    """What pixels in [0, 1] cost under Bernoulli probabilities, less what they must cost, summed: 0 is exact, nats.
+    """The cross-entropy minus the entropy of the pixels themselves: 0 is exact.
 
-    The cross-entropy of D. Kingma, M. Welling 2014, appendix C.1, minus the entropy of the pixels themselves, which no
-    network can change and which would make energies of different images hard to compare.
+    No network can change that entropy, and it would make energies of different images hard to compare.
     """
-    cost = F.binary_cross_entropy_with_logits(logits, pixels, reduction="none")
-    least = -torch.xlogy(pixels, pixels) - torch.xlogy(1 - pixels, 1 - pixels)
-    return (cost - least).flatten(1).sum(1)
+    entropy = -torch.xlogy(pixels, pixels) - torch.xlogy(1 - pixels, 1 - pixels)
+    return cross_entropy(logits, pixels) - entropy.flatten(1).sum(1)
 
 
 def patchify(images: Float[Tensor, "batch channels size size"], grid: int) -> Float[Tensor, "batch patches pixels"]:

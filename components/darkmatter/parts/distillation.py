@@ -3,39 +3,51 @@
 M. Caron et al., "Emerging properties in self-supervised vision transformers" (2021), https://arxiv.org/abs/2104.14294.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from darkmatter import collectives
-from darkmatter.parts import heads
+from darkmatter.parts import heads, teacher
 
 
-class Centre(nn.Module):
-    """Equation 4: a running mean of the teacher's scores over global batches, so that no prototype can win everywhere."""
+class Head(nn.Module):
+    """A student's head over prototypes, the teacher's copy of it, and the centre of what the teacher says."""
 
-    def __init__(self, prototypes: int) -> None:
+    def __init__(self, features: int, hidden: Sequence[int], prototypes: int) -> None:
+        """`hidden` ends with the bottleneck."""
         super().__init__()
-        self.mean: Tensor
-        self.register_buffer("mean", torch.zeros(prototypes))
+        self.student = heads.PrototypeHead(features, hidden, prototypes)
+        self.teacher = teacher.copy_of(self.student)
+        self.centre: Tensor
+        self.register_buffer("centre", torch.zeros(prototypes))
         self._newest: Tensor | None = None
+
+    def scores(
+        self, x: Float[Tensor, "*batch features"], *, trained: Bool[Tensor, ""] | None = None
+    ) -> Float[Tensor, "*batch prototypes"]:
+        """The student's. `trained` false: the prototypes are frozen."""
+        return heads.full_precision(self.student(x, trained=trained))
 
     @torch.no_grad()
     def targets(
-        self, scores: Float[Tensor, "*batch prototypes"], temperature: Float[Tensor, ""]
+        self, x: Float[Tensor, "*batch features"], temperature: Float[Tensor, ""]
     ) -> Float[Tensor, "*batch prototypes"]:
-        """The teacher's distributions, centred and sharpened."""
-        return ((scores - self.mean) / temperature).softmax(-1)
-
-    def see(self, scores: Float[Tensor, "*batch prototypes"]) -> None:
-        """Keeps what `follow` will need of this step."""
-        self._newest = scores.detach().flatten(0, -2).mean(0)
+        """The teacher's distributions, centred and sharpened. In training `follow` will move the centre towards them."""
+        scores = heads.full_precision(self.teacher(x))
+        if self.training:
+            self._newest = scores.flatten(0, -2).mean(0)
+        return ((scores - self.centre) / temperature).softmax(-1)
 
     @torch.no_grad()
-    def follow(self, momentum: float) -> None:
+    def follow(self, momentum: float, centre_momentum: float) -> None:
+        """After a step: the teacher's weights and the centre, a running mean over global batches (equation 4)."""
+        teacher.follow(self.teacher, self.student, momentum)
         if self._newest is not None:
-            self.mean.lerp_(collectives.mean(self._newest).to(self.mean.dtype), 1 - momentum)
+            self.centre.lerp_(collectives.mean(self._newest).to(self.centre.dtype), 1 - centre_momentum)
         self._newest = None
 
 
@@ -76,15 +88,3 @@ def entropies(targets: Float[Tensor, "batch prototypes"]) -> tuple[Float[Tensor,
 def warmed_up(start: float, end: float, progress: Float[Tensor, ""], warmup: float) -> Float[Tensor, ""]:
     """Linear from `start` to `end` over the share `warmup` of training: the temperature of a teacher."""
     return start + (end - start) * (progress / warmup).clamp(max=1)
-
-
-def scores_of(
-    head: heads.PrototypeHead, x: Float[Tensor, "*batch features"], *, trained: Tensor
-) -> Float[Tensor, "*batch prototypes"]:
-    """The scores of a student's head. Unless `trained`, the gradient of its prototypes is zero.
-
-    Zero and not none, which DistributedDataParallel would wait for.
-    """
-    fixed = head.prototypes.weight.detach()
-    weight = fixed + (head.prototypes.weight - fixed) * trained
-    return heads.full_precision(torch.func.functional_call(head, {"prototypes.weight": weight}, (x,)))

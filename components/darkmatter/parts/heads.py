@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 Term = TypeVar("Term", bound=Callable[..., Tensor])
@@ -43,8 +43,15 @@ class Prototypes(nn.Module):
         self.weight = nn.Parameter(torch.empty(count, features))
         nn.init.trunc_normal_(self.weight, std=0.02)
 
-    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch count"]:
-        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+    def forward(
+        self, x: Float[Tensor, "*batch features"], *, trained: Bool[Tensor, ""] | None = None
+    ) -> Float[Tensor, "*batch count"]:
+        """`trained` false: the gradient of the prototypes is zero. Not none, which DistributedDataParallel waits for."""
+        weight: Tensor = self.weight
+        if trained is not None:
+            fixed = weight.detach()
+            weight = fixed + (weight - fixed) * trained
+        return F.linear(F.normalize(x, dim=-1), F.normalize(weight, dim=-1))
 
 
 class PrototypeHead(nn.Module):
@@ -67,8 +74,18 @@ class PrototypeHead(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.prototypes = Prototypes(hidden[-1], prototypes)
 
-    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch prototypes"]:
-        return self.prototypes(self.layers(x))
+    def forward(
+        self, x: Float[Tensor, "*batch features"], *, trained: Bool[Tensor, ""] | None = None
+    ) -> Float[Tensor, "*batch prototypes"]:
+        """`trained` as for Prototypes."""
+        return self.prototypes(self.layers(x), trained=trained)
+
+
+def same_prototype(
+    x: Float[Tensor, "batch prototypes"], y: Float[Tensor, "batch prototypes"], temperature: float
+) -> Float[Tensor, " batch"]:
+    """What it costs, in nats, that both views have the same prototype: min over k of -log p_k(x) - log p_k(y)."""
+    return (-F.log_softmax(x / temperature, dim=1) - F.log_softmax(y / temperature, dim=1)).amin(1)
 
 
 def exact(term: Term) -> Term:
