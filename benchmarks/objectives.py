@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from darkmatter import cluster, health, images, ingest, model, plugin, shards, sources, training_set
+from darkmatter import cluster, evaluate, health, ingest, model, plugin, shards, sources, training_set
 from darkmatter.backbones import Backbone
 from darkmatter.evaluations import Score, Subject, few_shot, knn
 from darkmatter.objectives import Objective
@@ -128,20 +128,15 @@ def plugin_class(name: str) -> type[Objective]:
     return next(one for one in found if one.__module__ == module.__name__)
 
 
-def features(objective: Any, folder: Path, split: shards.Split, spec: training_set.ImageSpec) -> tuple[Any, Any]:
-    with shards.Reader(folder / "shards", shards.Manifest.load(folder / "shards"), split) as reader:
-        pictures = [
-            images.fit(images.decode(reader.read(i)), size=spec.image_size, channels=spec.channels)
-            for i in range(len(reader))
-        ]
-        labels = np.array([-1 if label is None else label for label in reader.labels], np.int64)
-    return health.embeddings(objective, torch.from_numpy(np.stack(pictures)).float() / 255).numpy(), labels
-
-
-def scores(objective: Any, folder: Path, spec: training_set.ImageSpec, held_out: Sequence[Tensor]) -> dict[str, Any]:
-    bank, bank_labels = features(objective, folder, "train", spec)
-    queries, query_labels = features(objective, folder, "test", spec)
-    subject = Subject(name="subject", bank=bank, bank_labels=bank_labels, queries=queries, query_labels=query_labels)
+def scores(objective: Any, folder: Path, spec: model.ModelSpec, held_out: Sequence[Tensor]) -> dict[str, Any]:
+    """As the stage `evaluate` scores a model."""
+    embedders = {"it": lambda pictures, _: evaluate.embed(objective, pictures, torch.device("cpu"))}
+    manifest = shards.Manifest.load(folder / "shards")
+    bank, bank_labels = evaluate.features(folder / "shards", manifest, "train", embedders, spec)
+    queries, query_labels = evaluate.features(folder / "shards", manifest, "test", embedders, spec)
+    subject = Subject(
+        name="it", bank=bank["it"], bank_labels=bank_labels, queries=queries["it"], query_labels=query_labels
+    )
     shot_config = few_shot.Config(ways=[5], shots=[5], episodes=600, queries=15)
     shot = next(iter(few_shot.scores(shot_config, subject, seed=0)))
     neighbours = next(iter(knn.scores(knn.Config(neighbours=20, temperature=0.07), subject, seed=0)))
@@ -151,7 +146,7 @@ def scores(objective: Any, folder: Path, spec: training_set.ImageSpec, held_out:
         "few_shot": shot.mean,
         "few_shot_ci95": shot.ci95,
         "knn": neighbours.mean,
-        "rankme": health.rankme(torch.from_numpy(queries)),
+        "rankme": health.rankme(torch.from_numpy(queries["it"])),
     }
     if isinstance(objective, Objective):
         result["margin"] = health.auroc(*health.pair_energies(objective, held_out[0], held_out[1]))
@@ -220,7 +215,7 @@ def measure(name: str, data: str, folder: Path, args: argparse.Namespace) -> lis
                 "backbone": "vit" if args.vit else "small_conv",
                 "images_per_second": BATCH / seconds, "step_time_ratio": ratio if side == "darkmatter" else None,
                 "memory_mib": mebibytes[side],
-                **scores(runner.objective, folder, spec.images, held_out),
+                **scores(runner.objective, folder, spec, held_out),
             }  # fmt: skip
             rows.append(row)
             print(json.dumps(row), flush=True)
@@ -399,7 +394,7 @@ class DINO(Twin):
         self.student = nn.Sequential(backbone, head)
         self.teacher = teacher.copy_of(self.student)
         self.momentum = options["momentum"]
-        self.criterion = DINOLoss(output_dim=options["prototypes"], teacher_temp=0.07, warmup_teacher_temp_epochs=1)
+        self.criterion = DINOLoss(output_dim=options["prototypes"], teacher_temp=0.04, warmup_teacher_temp_epochs=1)
 
     def embed(self, x: Tensor) -> Tensor:
         return self.teacher[0](x)

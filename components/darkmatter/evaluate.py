@@ -66,16 +66,16 @@ def evaluate(
     trained = trained.to(device)
     views = training_set.choose_views(spec.views, spec.images.image_size)
     embedders: dict[str, Embed] = {
-        "pretrained": lambda pictures, _: _embed(trained, pictures, device),
-        "untrained": lambda pictures, _: _embed(untrained, pictures, device),
+        "pretrained": lambda pictures, _: embed(trained, pictures, device),
+        "untrained": lambda pictures, _: embed(untrained, pictures, device),
         "pixels": lambda pictures, _: pictures.reshape(len(pictures), -1).astype(np.float32) / 255,
     }
     if champion is not None:
         embedders["champion"] = lambda _, contents: champion(contents)
 
     manifest = shards.Manifest.load(shards_folder)
-    bank, bank_labels = _features(shards_folder, manifest, "train", embedders, spec)
-    queries, query_labels = _features(shards_folder, manifest, "test", embedders, spec)
+    bank, bank_labels = features(shards_folder, manifest, "train", embedders, spec)
+    queries, query_labels = features(shards_folder, manifest, "test", embedders, spec)
     networks = {"pretrained": trained, "untrained": untrained}
     energies = _energies(shards_folder, manifest, views, spec, networks, seed, device)
     subjects = [
@@ -118,11 +118,12 @@ def _entry(score: Score) -> dict[str, Any]:
     return entry if score.classes is None else {**entry, "classes": score.classes}
 
 
-def _embed(objective: Objective, pictures: Pictures, device: torch.device) -> Float[np.ndarray, "batch features"]:
+def embed(objective: Objective, pictures: Pictures, device: torch.device) -> Float[np.ndarray, "batch features"]:
+    """What downstream teams would get for these pictures."""
     return health.embeddings(objective, torch.from_numpy(pictures).to(device).float() / 255).numpy()
 
 
-def _features(
+def features(
     folder: Path, manifest: shards.Manifest, split: shards.Split, embedders: Mapping[str, Embed], spec: model.ModelSpec
 ) -> tuple[dict[str, Float[np.ndarray, "samples features"]], Int64[np.ndarray, " samples"]]:
     """Features of every subject, decoded once; labels with -1 where there is none."""
@@ -138,8 +139,8 @@ def _features(
                     for one in contents
                 ]
             )
-            for name, embed in embedders.items():
-                parts[name].append(embed(pictures, contents))
+            for name, embedder in embedders.items():
+                parts[name].append(embedder(pictures, contents))
         labels = np.array([-1 if label is None else label for label in reader.labels], np.int64)
     return {name: np.concatenate(some) for name, some in parts.items()}, labels
 

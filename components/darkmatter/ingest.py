@@ -147,7 +147,7 @@ def _write(
 def _counts(
     manifest: shards.Manifest, seen: int, duplicates: Sequence[Any], rejects: Sequence[_Seen]
 ) -> dict[str, Any]:
-    by_split = shards.count_by_split(manifest)
+    by_split = manifest.samples_by_split()
     return {
         "files_seen": seen,
         "samples": sum(by_split.values()),

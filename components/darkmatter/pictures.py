@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-_SUBJECTS = ("pretrained", "champion", "pixels", "untrained")
+#: Who is scored, in the order in which tables and pictures show them.
+SUBJECTS = ("pretrained", "champion", "pixels", "untrained")
 _COLOURS = {"pretrained": "#1b6ca8", "champion": "#c98a1b", "pixels": "#8a8f98", "untrained": "#c9ccd1"}
 
 
@@ -31,7 +32,7 @@ def few_shot(scores: Mapping[str, Any], path: Path) -> None:
     """Bars with 95% intervals, a group a protocol. Without labels the picture says so."""
     with _figure(path, 9, 3.6) as axes:
         table = {name: row for name, row in scores.get("few_shot", {}).items() if "skipped" not in row}
-        subjects = [name for name in _SUBJECTS if any(name in row for row in table.values())]
+        subjects = [name for name in SUBJECTS if any(name in row for row in table.values())]
         for index, subject in enumerate(subjects):
             places = np.arange(len(table)) + (index - (len(subjects) - 1) / 2) * 0.8 / len(subjects)
             means = [100 * row[subject]["mean"] for row in table.values()]

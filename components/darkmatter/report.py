@@ -10,11 +10,10 @@ from typing import Any
 
 import jinja2
 
-from darkmatter import lineage, params
+from darkmatter import lineage, params, pictures
 
 #: The stages whose metrics the page shows.
 SOURCES = ("ingest", "augment", "pretrain", "evaluate")
-_SUBJECTS = ("pretrained", "champion", "pixels", "untrained")
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
@@ -34,7 +33,7 @@ class Page:
 
     def html(self) -> str:
         """One self-contained page: pictures are inside it, nothing is fetched."""
-        pictures = {path.stem: _inline(path) for path in sorted(self.plots.glob("*.png"))}
+        plots = {path.stem: _inline(path) for path in sorted(self.plots.glob("*.png"))}
         template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
             Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
         )
@@ -43,7 +42,7 @@ class Page:
             table=self.table(),
             columns=self.columns(),
             decision=self.decision,
-            pictures=pictures,
+            pictures=plots,
             metrics=self.metrics,
             params=self.params,
             commit=lineage.git_commit(),
@@ -80,12 +79,12 @@ class Page:
                     continue
                 if protocol.startswith("all-way"):
                     label = f"{label} ({row['pretrained']['classes']} classes)"
-                rows.append((label, {name: _cell(row[name], percent) for name in _SUBJECTS if name in row}))
+                rows.append((label, {name: _cell(row[name], percent) for name in pictures.SUBJECTS if name in row}))
         return rows
 
     def columns(self) -> list[str]:
         """The subjects that any row has."""
-        return [name for name in _SUBJECTS if any(name in row for _, row in self.table())]
+        return [name for name in pictures.SUBJECTS if any(name in row for _, row in self.table())]
 
     def usage(self) -> dict[str, str]:
         """Commands that go on from here."""

@@ -9,9 +9,9 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from darkmatter import files
 
@@ -52,6 +52,9 @@ class Manifest:
 
     def samples(self, split: Split) -> int:
         return sum(shard.samples for shard in self.shards if shard.split == split)
+
+    def samples_by_split(self, splits: Iterable[Split] = get_args(Split)) -> dict[str, int]:
+        return {split: self.samples(split) for split in splits}
 
     def save(self, folder: Path) -> None:
         shards = [{**dataclasses.asdict(shard), "samples": shard.samples} for shard in self.shards]
@@ -167,8 +170,3 @@ class Reader:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-def count_by_split(manifest: Manifest) -> Mapping[str, int]:
-    splits: tuple[Split, ...] = ("train", "val", "test")
-    return {split: manifest.samples(split) for split in splits}

@@ -64,7 +64,7 @@ def build(shards_folder: Path, config: AugmentConfig, out: Path) -> dict[str, An
         spec = _image_spec(config, np.asarray(moments))
         files.write_json(folder / "images.json", spec.model_dump())
     return {
-        "samples_by_split": {split: manifest.samples(split) for split in _HELD_OUT},
+        "samples_by_split": manifest.samples_by_split(_HELD_OUT),
         "bytes": sum(shard.bytes for shard in manifest.shards),
         "mean": spec.mean,
         "std": spec.std,

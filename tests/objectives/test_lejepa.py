@@ -53,8 +53,10 @@ def prediction_by_the_code(views_of_all: list[Rows]) -> float:
 
 
 def projections(method: lejepa.LeJEPA, images: tuple[torch.Tensor, ...]) -> list[Rows]:
-    """Of images of one size; batch norm sees all of them together, as in MINIMAL.md."""
-    return [part.tolist() for part in method.projector(method.backbone(torch.cat(images))).chunk(len(images))]
+    """The projector sees all views together, as in MINIMAL.md; the backbone those of one size."""
+    parts = [torch.cat(images[:2]), *([torch.cat(images[2:])] if images[2:] else [])]
+    z = method.projector(torch.cat([method.backbone(part) for part in parts]))
+    return [view.tolist() for view in z.chunk(len(images))]
 
 
 def directions(seed: int) -> Rows:
@@ -69,7 +71,7 @@ def directions(seed: int) -> Rows:
 def test_loss_and_terms_are_those_of_the_authors(local: bool, weight: float) -> None:
     images = views(7, like=objective("lejepa"))[: 4 if local else 2]
     method = objective("lejepa")
-    by_view = projections(method, images[:2]) + (projections(method, images[2:]) if local else [])
+    by_view = projections(method, images)
     distance, statistic = prediction_by_the_code(by_view), sigreg_by_the_code(by_view, directions(3))
     method = objective("lejepa", **({} if weight == 0.02 else {"regulariser": weight}))
     torch.manual_seed(3)

@@ -26,7 +26,7 @@ from darkmatter import collectives
 from darkmatter.backbones import Backbone
 from darkmatter.objectives import Images, Mechanism, Objective, Samples, Terms, Views, total
 from darkmatter.params import Config as _Config
-from darkmatter.parts import heads
+from darkmatter.parts import heads, multi_crop
 
 _KNOTS, _LAST_KNOT = 17, 3.0  # of the integral over t, in the authors' code
 
@@ -72,16 +72,18 @@ class LeJEPA(Objective):
         self.config = config
         self.projector = heads.projector([backbone.num_features, *config.projector], last_bias=True)
 
-    def _project(self, x: Images) -> Float[Tensor, "batch dim"]:
-        return heads.full_precision(self.projector(self.backbone(x)))
+    def _project(self, views: Views) -> Float[Tensor, "views batch dim"]:
+        """The projector once for all, as in `MINIMAL.md`: batch norms see it."""
+        projections = self.projector(multi_crop.features(self.backbone, views))
+        return heads.full_precision(projections).unflatten(0, (len(views), -1))
 
     def energy(self, x: Images, y: Images) -> Float[Tensor, " batch"]:
-        return (self._project(x) - self._project(y)).square().mean(1)
+        first, second = self._project([x, y])
+        return (first - second).square().mean(1)
 
     def loss(self, views: Views, samples: Samples) -> Terms:
-        groups = (views[: self.num_views], views[self.num_views :])  # those of one size go through the network together
-        whole, *local = (self._project(torch.cat(list(g))).unflatten(0, (len(g), -1)) for g in groups if g)
-        projections = torch.cat([whole, *local])
+        projections = self._project(views)
+        whole = projections[: self.num_views]
         draw = torch.randn(projections.shape[2], self.config.slices, dtype=whole.dtype, device=whole.device)
         distance, statistic = prediction(projections, whole), sigreg(projections, F.normalize(draw, dim=0))
         weighted = (1 - self.config.regulariser) * distance + self.config.regulariser * statistic
