@@ -61,6 +61,21 @@ def test_loss_names_its_terms_and_reaches_every_parameter_but_the_teacher(name: 
     assert all(reached.values()), [key for key, value in reached.items() if not value]
 
 
+def test_a_step_that_is_skipped_changes_nothing(name: str) -> None:
+    """A loss whose gradient was not finite, say, is not followed by `after_step`."""
+    method, other = objective(name), objective(name)
+    step(method, 8, seed=1)
+    for key, value in method.state_dict().items():
+        if "running_" not in key and "num_batches_tracked" not in key:  # of batch norms, which see every loss
+            assert torch.equal(value, other.state_dict()[key]), key
+    method.load_state_dict(other.state_dict())
+    for one in (method, other):
+        step(one, 8, seed=2)
+        one.after_step(0.1)
+    for key, value in method.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
 def test_embedding_is_the_backbone_s(name: str) -> None:
     method = objective(name).eval()
     x, _ = views(4)

@@ -2,6 +2,10 @@ import math
 
 import pytest
 import torch
+from test_dino import DIGITS as DIGITS
+from test_dino import VIEWS as VIEWS
+from test_dino import Rows, distance, mean_row, softmax, targets_by_the_paper
+from test_dino import collapse as collapse
 from toys import NUM_SAMPLES, Toy, objective, samples, step, views
 
 from darkmatter.backbones import Backbone
@@ -10,27 +14,6 @@ from darkmatter.params import ParamsError
 from darkmatter.parts import masks
 
 SMALL = {"head": [8, 5], "prototypes": 7, "momentum": 0.8, "freeze": 0.1, "koleo": 0.1}
-DIGITS = {"head": [8], "prototypes": 64, "momentum": 0.99, "centre_momentum": 0.5, "teacher_temperature": 0.04}
-VIEWS = {"min_area": 0.9, "max_shift": 0.05, "max_degrees": 5.0, "max_shear": 0.1, "bend": 0.03, "min_contrast": 0.9}
-
-Rows = list[list[float]]
-
-
-def collapse(method: ibot.IBOT, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without centring and with a teacher that is the student: one prototype wins everywhere (section 5.3 of DINO).
-
-    Without centring alone the energy of a short run still tells images apart, by which of two prototypes wins.
-    """
-    method.config = method.config.model_copy(update={"centre_momentum": 1.0, "momentum": 0.0})
-
-
-def softmax(row: list[float], temperature: float) -> list[float]:
-    powers = [math.exp(value / temperature) for value in row]
-    return [power / sum(powers) for power in powers]
-
-
-def distance(teacher: list[float], student: list[float]) -> float:
-    return -sum(a * math.log(b) for a, b in zip(teacher, student, strict=True))
 
 
 def scores(head: torch.nn.Module, x: torch.Tensor) -> Rows:
@@ -38,14 +21,6 @@ def scores(head: torch.nn.Module, x: torch.Tensor) -> Rows:
     unit = [row / row.square().sum().sqrt() for row in head.layers(x)]
     directions = [row / row.square().sum().sqrt() for row in head.prototypes.weight]
     return [[(u * v).sum().item() for v in directions] for u in unit]
-
-
-def centred(rows: Rows, centre: torch.Tensor, temperature: float) -> Rows:
-    return [softmax([a - b for a, b in zip(row, centre.tolist(), strict=True)], temperature) for row in rows]
-
-
-def mean_row(rows: Rows) -> list[float]:
-    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
 
 def koleo_by_the_paper(rows: Rows) -> float:
@@ -95,9 +70,9 @@ def test_loss_is_dinos_and_that_of_hidden_patches(number: int, progress: float, 
                     image[0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = method.backbone.mean.item()
 
     pooled, tokens = method.backbone.both(whole)
-    teacher = centred(scores(method.head.teacher, pooled), method.head.centre, 0.04 + 0.05 * warm)
+    teacher = targets_by_the_paper(scores(method.head.teacher, pooled), method.head.centre.tolist(), 0.04 + 0.05 * warm)
     patch_scores = scores(method.patch_head.teacher, tokens.flatten(0, 1))
-    patch_teacher = centred(patch_scores, method.patch_head.centre, 0.04 + 0.02 * warm)
+    patch_teacher = targets_by_the_paper(patch_scores, method.patch_head.centre.tolist(), 0.04 + 0.02 * warm)
     pooled, tokens = method.student.both(painted)
     rows = scores(method.head.student, pooled) + (
         scores(method.head.student, method.student(torch.cat(local))) if local else []
@@ -198,7 +173,7 @@ def test_prototypes_of_both_heads_are_frozen_at_the_start_and_the_rest_is_not() 
 def test_energy_is_the_cross_entropy_of_teacher_and_student() -> None:
     method = method_in_training(0.2).eval()
     x, y = views(5)
-    teacher = centred(scores(method.head.teacher, method.backbone(y)), method.head.centre, 0.065)
+    teacher = targets_by_the_paper(scores(method.head.teacher, method.backbone(y)), method.head.centre.tolist(), 0.065)
     student = [softmax(row, 0.1) for row in scores(method.head.student, method.student(x))]
     assert method.energy(x, y).tolist() == pytest.approx(list(map(distance, teacher, student)), abs=1e-9)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from darkmatter.parts import decoders, heads, masks, memory, teacher
+from darkmatter.parts import decoders, heads, masks, memory, multi_crop, noise_contrast, teacher
 
 CPU = torch.device("cpu")
 
@@ -72,6 +72,39 @@ def test_bank_moves_only_the_rows_that_were_seen_and_keeps_their_length() -> Non
         mixed = 0.5 * before[row] + 0.5 * value
         torch.testing.assert_close(bank.rows[row], mixed / mixed.norm())
     assert torch.equal(bank.rows[[0, 2, 3, 5]], before[[0, 2, 3, 5]])
+
+
+def test_what_noise_contrast_remembers_of_a_step_it_takes_in_once() -> None:
+    torch.manual_seed(0)
+    memory_of = noise_contrast.Discrimination(6, 3)
+    v, samples = F.normalize(torch.randn(2, 3), dim=1), torch.tensor([4, 1])
+    first, second = memory_of.losses([v, v], samples, 4, 0.5)
+    assert torch.equal(first, second)  # the same noise, the same constant
+    memory_of.see(samples, v)
+    memory_of.follow(0.5)
+    once = memory_of.bank.rows.clone()
+    assert memory_of.constant > 0
+    memory_of.follow(0.5)
+    assert torch.equal(memory_of.bank.rows, once)
+    before = memory_of.constant.clone()
+    memory_of.losses([-v], samples, 4, 0.5)
+    memory_of.see(samples, v)
+    memory_of.follow(0.5)
+    assert torch.equal(memory_of.constant, before)  # that of the first step is kept
+
+
+def test_views_of_a_size_go_through_a_network_together_and_keep_their_order() -> None:
+    seen = []
+
+    class Network(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(tuple(x.shape))
+            return x.mean((2, 3))
+
+    views = [torch.rand(3, 2, size, size) for size in (8, 8, 4, 4, 4)]
+    found = multi_crop.features(Network(), views)
+    torch.testing.assert_close(found, torch.cat([view.mean((2, 3)) for view in views]))
+    assert seen == [(6, 2, 8, 8), (9, 2, 4, 4)]
 
 
 def test_random_orders_are_permutations_and_differ() -> None:
