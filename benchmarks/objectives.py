@@ -36,6 +36,7 @@ from darkmatter.training.rates import learning_rate
 
 ROOT = Path(__file__).parent.parent
 BATCH, LEARNING_RATE, HELD_OUT = 128, 0.004, 512
+BASELINES = ("pixels", "untrained")
 
 #: Widths for a backbone of 128 features, and momenta for runs of a few hundred steps; the rest is the papers'.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -97,13 +98,20 @@ class Runner:
 
 
 def prepare(folder: Path, name: str, uri: str) -> None:
-    if (folder / "train" / "manifest.json").is_file():
+    """Shards, a training set, and for each split that scores are made of its pictures, decoded once for all methods."""
+    if (folder / "test.npz").is_file():
         return
     source = sources.open_source(sources.SourceConfig(uri=uri, labels=True))
     config = ingest.IngestConfig(samples_per_shard=512, val_fraction=0.08, test_fraction=0.2, max_pixels=64_000_000)
     with cluster.session():
         ingest.ingest(source, config, labels=True, out=folder / "shards")
         training_set.build(folder / "shards", training_set.AugmentConfig(**DATA[name]), folder / "train")
+    spec, manifest = specification("simclr", name, folder, width=1), shards.Manifest.load(folder / "shards")
+    for split in ("train", "test"):
+        found, labels = evaluate.features(
+            folder / "shards", manifest, split, {"pictures": lambda pictures, _: pictures}, spec
+        )
+        np.savez(folder / f"{split}.npz", pictures=found["pictures"], labels=labels)
 
 
 def specification(name: str, data: str, folder: Path, width: int) -> model.ModelSpec:
@@ -128,14 +136,12 @@ def plugin_class(name: str) -> type[Objective]:
     return next(one for one in found if one.__module__ == module.__name__)
 
 
-def scores(objective: Any, folder: Path, spec: model.ModelSpec, held_out: Sequence[Tensor]) -> dict[str, Any]:
+def scores(objective: Any, folder: Path, held_out: Sequence[Tensor]) -> dict[str, Any]:
     """As the stage `evaluate` scores a model."""
-    embedders = {"it": lambda pictures, _: evaluate.embed(objective, pictures, torch.device("cpu"))}
-    manifest = shards.Manifest.load(folder / "shards")
-    bank, bank_labels = evaluate.features(folder / "shards", manifest, "train", embedders, spec)
-    queries, query_labels = evaluate.features(folder / "shards", manifest, "test", embedders, spec)
+    splits = [np.load(folder / f"{split}.npz") for split in ("train", "test")]
+    bank, queries = (evaluate.embed(objective, split["pictures"], torch.device("cpu")) for split in splits)
     subject = Subject(
-        name="it", bank=bank["it"], bank_labels=bank_labels, queries=queries["it"], query_labels=query_labels
+        name="it", bank=bank, bank_labels=splits[0]["labels"], queries=queries, query_labels=splits[1]["labels"]
     )
     shot_config = few_shot.Config(ways=[5], shots=[5], episodes=600, queries=15)
     shot = next(iter(few_shot.scores(shot_config, subject, seed=0)))
@@ -146,7 +152,7 @@ def scores(objective: Any, folder: Path, spec: model.ModelSpec, held_out: Sequen
         "few_shot": shot.mean,
         "few_shot_ci95": shot.ci95,
         "knn": neighbours.mean,
-        "rankme": health.rankme(torch.from_numpy(queries["it"])),
+        "rankme": health.rankme(torch.from_numpy(queries)),
     }
     if isinstance(objective, Objective):
         result["margin"] = health.auroc(*health.pair_energies(objective, held_out[0], held_out[1]))
@@ -172,8 +178,26 @@ def memory(objective: nn.Module, views: Sequence[Tensor], samples: Tensor) -> fl
     return (held + 3 * trained + sum(kept.values())) / 2**20
 
 
-def measure(name: str, data: str, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All seeds of one method; a row a seed and side."""
+class Pixels(nn.Module):
+    def embed(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+
+def baseline(name: str, data: str, folder: Path, args: argparse.Namespace) -> None:
+    """A row for each seed of what a method has to beat: raw pixels, and the backbone as it was before training."""
+    spec = specification("simclr", data, folder, args.width)
+    for seed in range(args.seeds):
+        subject = Pixels() if name == "pixels" else Twin(build(spec, seed, vit=args.vit).backbone)
+        row = {"data": data, "method": name, "side": "baseline", "seed": seed, "backbone": backbone_name(args)}
+        print(json.dumps({**row, **scores(subject, folder, [])}), flush=True)
+
+
+def backbone_name(args: argparse.Namespace) -> str:
+    return "vit" if args.vit else "small_conv"
+
+
+def measure(name: str, data: str, folder: Path, args: argparse.Namespace) -> None:
+    """All seeds of one method; prints a row for each seed and side."""
     torch.set_num_threads(args.threads)
     spec = specification(name, data, folder, args.width)
     if args.vit:
@@ -185,7 +209,6 @@ def measure(name: str, data: str, folder: Path, args: argparse.Namespace) -> lis
     twin = LIGHTLY.get(name) if importlib.util.find_spec("lightly") else None
     if name == "mae" and not args.vit:
         twin = None  # lightly's needs a vision transformer: --vit compares on one
-    rows = []
     for seed in range(args.seeds):
         ours = build(spec, seed, vit=args.vit)
         sides = {"darkmatter": ours}
@@ -212,14 +235,12 @@ def measure(name: str, data: str, folder: Path, args: argparse.Namespace) -> lis
             seconds = statistics.median(runner.seconds) + statistics.median(view_seconds)
             row = {
                 "data": data, "method": name, "side": side, "seed": seed, "steps": total,
-                "backbone": "vit" if args.vit else "small_conv",
+                "backbone": backbone_name(args),
                 "images_per_second": BATCH / seconds, "step_time_ratio": ratio if side == "darkmatter" else None,
                 "memory_mib": mebibytes[side],
-                **scores(runner.objective, folder, spec, held_out),
+                **scores(runner.objective, folder, held_out),
             }  # fmt: skip
-            rows.append(row)
             print(json.dumps(row), flush=True)
-    return rows
 
 
 def build(spec: model.ModelSpec, seed: int, *, vit: bool) -> Objective:
@@ -450,7 +471,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("data/benchmark"), help="folder for data and rows")
     parser.add_argument("--rows", type=Path, default=ROOT / "docs" / "objectives.jsonl", help="file to append to")
     parser.add_argument("--data", action="append", help="name=uri, name one of: " + ", ".join(DATA))
-    parser.add_argument("--method", action="append", choices=plugin.names("objectives"), help="default: all")
+    parser.add_argument(
+        "--method", action="append", choices=[*BASELINES, *plugin.names("objectives")], help="default: all"
+    )
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--width", type=int, default=16, help="of small_conv")
@@ -460,10 +483,11 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     data = dict(one.split("=", 1) for one in args.data or ["digits=builtin:mnist"])
-    methods = args.method or plugin.names("objectives")
+    methods = args.method or [*BASELINES, *plugin.names("objectives")]
     if args.one:
         ((name, _),) = data.items()
-        measure(methods[0], name, args.work / name.replace(" ", "-"), args)
+        run = baseline if methods[0] in BASELINES else measure
+        run(methods[0], name, args.work / name.replace(" ", "-"), args)
         return
     for name, uri in data.items():
         prepare(args.work / name.replace(" ", "-"), name, uri)

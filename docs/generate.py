@@ -90,8 +90,8 @@ def _measured(rows: list[dict[str, Any]]) -> str:
     parts = []
     for data, backbone in dict.fromkeys((row["data"], row["backbone"]) for row in rows):
         here = [row for row in rows if (row["data"], row["backbone"]) == (data, backbone)]
-        seeds = len({row["seed"] for row in here})
-        parts.append(f"### Measured on {data}, {backbone}, {here[0]['steps']} steps, {seeds} seeds\n")
+        seeds, steps = len({row["seed"] for row in here}), max(row.get("steps", 0) for row in here)
+        parts.append(f"### Measured on {data}, {backbone}, {steps} steps, {seeds} seeds\n")
         columns = (
             "method",
             "few-shot %",
@@ -108,6 +108,11 @@ def _measured(rows: list[dict[str, Any]]) -> str:
         for method in dict.fromkeys(row["method"] for row in here):
             ours = [row for row in here if row["method"] == method and row["side"] == "darkmatter"]
             theirs = [row for row in here if row["method"] == method and row["side"] == "lightly"]
+            if not ours:
+                baseline = [row for row in here if row["method"] == method]
+                knn, rankme = (statistics.mean(row[key] for row in baseline) for key in ("knn", "rankme"))
+                parts.append(f"| *{method}* | {_accuracy(baseline)} | | {knn:.1%} | {rankme:.1f} | | | | |")
+                continue
             mean = {
                 key: statistics.mean(row[key] for row in ours)
                 for key in ("knn", "rankme", "margin", "images_per_second", "memory_mib")
