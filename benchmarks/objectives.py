@@ -8,7 +8,6 @@ turn, so that a noisy machine is noisy to both. Time per step is compared as the
 """
 
 import argparse
-import copy
 import dataclasses
 import importlib.util
 import json
@@ -160,20 +159,20 @@ def scores(objective: Any, folder: Path, held_out: Sequence[Tensor]) -> dict[str
 
 
 def memory(objective: nn.Module, views: Sequence[Tensor], samples: Tensor) -> float:
-    """MiB that a step holds at its peak: weights, buffers, gradients, AdamW's two moments, and what the backward pass
-    needs of the forward pass. Counted, not sampled: the resident size of a process says more about its allocator."""
-    twin, kept = copy.deepcopy(objective), {}
+    """MiB that a step of a fresh objective holds at its peak: weights, buffers, gradients, AdamW's two moments, and what the
+    backward pass needs of the forward pass. Counted, not sampled: a process's resident size says more of its allocator."""
+    kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        twin(views, samples)
-    state = [*twin.parameters(), *twin.buffers()]
+        objective(views, samples)
+    state = [*objective.parameters(), *objective.buffers()]
     for tensor in state:
         kept.pop(tensor.untyped_storage().data_ptr(), None)
-    trained = sum(p.numel() * p.element_size() for p in twin.parameters() if p.requires_grad)
+    trained = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
     held = sum(tensor.numel() * tensor.element_size() for tensor in state)
     return (held + 3 * trained + sum(kept.values())) / 2**20
 
@@ -210,10 +209,8 @@ def measure(name: str, data: str, folder: Path, args: argparse.Namespace) -> Non
     if name == "mae" and not args.vit:
         twin = None  # lightly's needs a vision transformer: --vit compares on one
     for seed in range(args.seeds):
-        ours = build(spec, seed, vit=args.vit)
-        sides = {"darkmatter": ours}
-        if twin:
-            sides["lightly"] = twin(build(spec, seed, vit=args.vit).get_submodule(student(ours)), OPTIONS[name])
+        sides = build_sides(spec, seed, twin, vit=args.vit)
+        ours = sides["darkmatter"]
         runners = {side: Runner(one, adamw(one, weight_decay=0.05)) for side, one in sides.items()}
         view_seconds, mebibytes = [], {}
         with shards.Reader(folder / "train", shards.Manifest.load(folder / "train"), "train") as reader:
@@ -224,7 +221,8 @@ def measure(name: str, data: str, folder: Path, args: argparse.Namespace) -> Non
                 views = policy(batch.loaded, seed=seed, epoch=batch.epoch, whole=ours.num_views)
                 view_seconds.append(time.perf_counter() - started)
                 if not step:
-                    mebibytes = {k: memory(r.objective, views, batch.loaded.samples) for k, r in runners.items()}
+                    fresh = build_sides(spec, seed, twin, vit=args.vit)
+                    mebibytes = {side: memory(one, views, batch.loaded.samples) for side, one in fresh.items()}
                 for runner in list(runners.values())[:: 1 if step % 2 else -1]:
                     runner.step(views, batch.loaded.samples, step=step, total=total, seed=seed)
         ratio = None
@@ -241,6 +239,18 @@ def measure(name: str, data: str, folder: Path, args: argparse.Namespace) -> Non
                 **scores(runner.objective, folder, held_out),
             }  # fmt: skip
             print(json.dumps(row), flush=True)
+
+
+def build_sides(
+    spec: model.ModelSpec, seed: int, twin: Callable[[Backbone, dict[str, Any]], "Twin"] | None, *, vit: bool
+) -> dict[str, Any]:
+    """Ours, and lightly's on a backbone of the same weights."""
+    ours = build(spec, seed, vit=vit)
+    if twin is None:
+        return {"darkmatter": ours}
+    torch.manual_seed(seed)
+    backbone = build(spec, seed, vit=vit).get_submodule(student(ours))
+    return {"darkmatter": ours, "lightly": twin(backbone, OPTIONS[spec.objective["name"]])}
 
 
 def build(spec: model.ModelSpec, seed: int, *, vit: bool) -> Objective:
