@@ -45,8 +45,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cpc": {"patches": 6, "ignore": 1, "steps": 2, "features": 32, "context_width": 64, "context_depth": 2},
     "deepcluster": {"projector": [256, 64], "prototypes": [64, 64, 64]},
     "denoising": {"decoder_width": 16},
-    "dino": {"head": [256, 256, 64], "prototypes": 256, "momentum": 0.95, "teacher_temperature": 0.04},
-    "ibot": {"head": [256, 256, 64], "prototypes": 256, "momentum": 0.95, "teacher_temperature": 0.04},
+    "dino": {
+        "head": [256, 256, 8],
+        "prototypes": 64,
+        "momentum": 0.99,
+        "teacher_temperature": 0.04,
+        "centre_momentum": 0.5,
+    },
+    "ibot": {
+        "head": [256, 256, 8],
+        "prototypes": 64,
+        "momentum": 0.99,
+        "teacher_temperature": 0.04,
+        "centre_momentum": 0.5,
+    },
     "ijepa": {"predictor_width": 64, "predictor_depth": 2, "momentum": 0.98},
     "lejepa": {"projector": [256, 64]},
     "mae": {"decoder_width": 64, "decoder_depth": 1},
@@ -423,9 +435,16 @@ class DINO(Twin):
         *hidden, bottleneck = options["head"]
         head = DINOProjectionHead(backbone.num_features, hidden[0], bottleneck, options["prototypes"])
         self.student = nn.Sequential(backbone, head)
-        self.teacher = teacher.copy_of(self.student)
+        other = DINOProjectionHead(backbone.num_features, hidden[0], bottleneck, options["prototypes"])
+        other.load_state_dict(head.state_dict())  # its weight normalisation cannot be copied
+        self.teacher = nn.Sequential(teacher.copy_of(backbone), other.requires_grad_(False))
         self.momentum = options["momentum"]
-        self.criterion = DINOLoss(output_dim=options["prototypes"], teacher_temp=0.04, warmup_teacher_temp_epochs=1)
+        self.criterion = DINOLoss(
+            output_dim=options["prototypes"],
+            teacher_temp=options["teacher_temperature"],
+            warmup_teacher_temp_epochs=1,
+            center_momentum=options["centre_momentum"],
+        )
 
     def embed(self, x: Tensor) -> Tensor:
         return self.teacher[0](x)

@@ -42,7 +42,7 @@ def collate(contents: Sequence[bytes], samples: Int64[np.ndarray, " batch"], *, 
 
 
 class ViewsConfig(Config):
-    """What every policy has: multi-crop, M. Caron et al. 2020, https://arxiv.org/abs/2006.09882, section 3.3."""
+    """What every policy has: multi-crop, M. Caron et al. 2020, https://arxiv.org/abs/2006.09882, section 3.2."""
 
     local_views: int = Field(default=0, ge=0)
     """Smaller views of each image beside the whole ones, for the methods that take them; 0 for none."""

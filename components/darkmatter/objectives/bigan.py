@@ -10,7 +10,7 @@ Against collapse: the capacity of the latent. encoder(x) has to be distributed l
 The encoder ends in a batch norm with the prior's variance, which the paper's does not: without it the discriminator tells
 the pairs by the size of z alone and the energy margin on the digits falls to 0.6, with it it rises to 0.84 (DECISIONS.md).
 
-Family: latent variable. Choose it for the history: adversarial training is the slowest and least stable of all here.
+Family: latent variable. Choose it for the history: adversarial training is the least stable of all here.
 """
 
 from collections.abc import Sequence

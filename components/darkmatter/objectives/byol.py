@@ -30,7 +30,7 @@ class Config(_Config):
     predictor: int = Field(default=4096, gt=0)
     """Hidden features of the predictor; section 3.3."""
     momentum: float = Field(default=0.996, ge=0, le=1)
-    """Of the teacher at the start; it rises to 1 along a cosine. Section 3.2. Short runs want less: 0.99 and below."""
+    """Of the teacher at the start; it rises to 1 along a cosine. Section 3.3. Short runs want less: 0.99 and below."""
 
 
 def distance(

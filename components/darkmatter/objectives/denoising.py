@@ -6,7 +6,8 @@ Energy (inference):  F(x, y) = cross-entropy of y and decoder(encoder(x)), less 
 Loss (training), section 2.3:  cross-entropy of y and decoder(encoder(y with a share of its pixels set to 0)), summed
 Against collapse: reconstruction. A constant code cannot tell what was destroyed.
 
-Family: masked and denoising. Choose it as a baseline that always trains, and for data whose good views nobody knows.
+Family: masked and denoising. Choose it as a baseline that always trains, and for data whose good views nobody knows;
+strong on digits, whose pixels say most of it.
 """
 
 from collections.abc import Sequence

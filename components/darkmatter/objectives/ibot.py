@@ -14,7 +14,7 @@ that layer's bias, a learned vector. The heads of images and patches are separat
 where the authors share all but, by option, the prototypes. As in the authors' code an image without hidden patches counts
 as zero in the mean of L_MIM. KoLeo looks for neighbours in the global batch, the authors' in that of each GPU.
 
-Family: distillation. Choose it for vision transformers when both the image and its patches matter.
+Family: distillation. Choose it for vision transformers and long runs, when both the image and its patches matter.
 """
 
 import copy

@@ -12,7 +12,8 @@ those of the global batch, both ways round. Keys come from a teacher that no gra
 Version 3 multiplies its loss by 2 temperature, as the authors do. The shuffling of batch norm (2019, section 3.3) is left
 out: it decides which images share a rank's statistics, and here statistics are of the global batch on every rank.
 
-Family: contrastive. Choose it when batches are small: the negatives come from a queue of earlier batches.
+Family: contrastive. Choose it when batches are small and runs long: the negatives come from a queue of earlier batches.
+It is slow to start.
 """
 
 import itertools

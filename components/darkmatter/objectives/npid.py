@@ -12,7 +12,8 @@ Z is a constant, estimated from the first batch (equation 8). The proximal term 
 code has none: it averages the rows of the bank instead, which its author calls equivalent (issue 11); so do the
 defaults. Its epsilon of 1e-7 in the denominators of h is left out.
 
-Family: contrastive. Choose it when there is one view a sample and memory for a vector of each; cheap steps.
+Family: contrastive. Choose it when there is one view a sample and memory for a vector of each. The cheapest steps here,
+and it needs many: tens of visits to each sample.
 """
 
 from collections.abc import Sequence

@@ -13,7 +13,8 @@ h = P / (P + m / n), P = exp(score) / Z, Z from the scores of the jigsaw in the 
 noise in place of Z. Their epsilon in the denominators of h is left out. Here both terms meet the same noise, and the
 patches come from the same view as the image; there each term draws its own noise and its own crop.
 
-Family: contrastive. Choose it when the arrangement of parts matters more than colour or texture.
+Family: contrastive. Choose it when the arrangement of parts matters more than colour or texture, for tens of visits to
+each sample and more.
 """
 
 from collections.abc import Sequence

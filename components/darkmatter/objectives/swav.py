@@ -10,8 +10,8 @@ That constraint on the latent is neither energy nor loss; without it one prototy
 The authors normalise the prototypes' weights in place before each step; here they are normalised where they are used. Codes
 are balanced over the global batch, with the queue once it is full, as in the authors' code.
 
-Family: clustering. Choose it when the data has about equally large groups; with small views it is the strongest here for
-its time.
+Family: clustering. Choose it for long runs on data with about equally large groups; smaller views help it. A few
+hundred steps are not enough.
 """
 
 from typing import ClassVar

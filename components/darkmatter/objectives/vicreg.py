@@ -8,8 +8,8 @@ Against collapse: variance keeps each dimension alive, covariance keeps them fro
 The coefficients mean what they mean in the authors' code: the invariance is a mean over D, and the variance term is the
 mean of its two halves, [v(Z) + v(Z')] / 2. Other implementations with the same coefficients give other numbers.
 
-Family: redundancy reduction. Choose it when batches are small or the two sides of a pair differ in kind: nothing compares
-samples with each other.
+Family: redundancy reduction. Choose it first: the best here after a few hundred steps. Nothing compares samples with
+each other, so batches may be small and the two sides of a pair may differ in kind.
 """
 
 from collections.abc import Sequence

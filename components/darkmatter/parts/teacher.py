@@ -30,5 +30,5 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 
 def cosine_momentum(base: float, progress: float) -> float:
-    """From `base` to 1 along a cosine (BYOL, section 3.2)."""
+    """From `base` to 1 along a cosine (BYOL, section 3.3)."""
     return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
