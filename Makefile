@@ -49,7 +49,9 @@ bench: setup  ## measurements, side by side; written to docs/performance.md
 
 bench-objectives: setup  ## every objective beside the others and lightly's; CLIP_ART=folder adds a second data set
 	$(BIN)/python -m pip install --quiet --no-deps lightly==1.6.0 lightly_utils==0.0.2
-	$(BIN)/python benchmarks/objectives.py --data digits=builtin:mnist $(if $(CLIP_ART),--data "clip art=folder:$(CLIP_ART)")
+	$(BIN)/python benchmarks/objectives.py --data digits=builtin:mnist
+	$(BIN)/python benchmarks/objectives.py --data digits=builtin:mnist --method mae --vit
+	$(if $(CLIP_ART),$(BIN)/python benchmarks/objectives.py --data "clip art=folder:$(CLIP_ART)" --epochs 3)
 	$(BIN)/python docs/generate.py
 
 lock:  ## pin again, after a change of the dependencies (needs uv)
