@@ -128,11 +128,14 @@ def _measured(rows: list[dict[str, Any]]) -> str:
 
 
 def _accuracy(rows: list[dict[str, Any]]) -> str:
-    """Mean over seeds; the interval holds the spread of the seeds (Student's t) or of the episodes, whichever is larger."""
+    """Mean over seeds; the interval holds the spread of the seeds (Student's t) or of the episodes, whichever is larger.
+
+    All seeds meet the same episodes, so that more seeds do not make the interval of the episodes smaller.
+    """
     if not rows:
         return ""
     values = [100 * row["few_shot"] for row in rows]
-    episodes = 100 * math.hypot(*(row["few_shot_ci95"] for row in rows)) / len(rows)
+    episodes = 100 * statistics.mean(row["few_shot_ci95"] for row in rows)
     quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(rows), 1.96)
     spread = quantile * statistics.stdev(values) / math.sqrt(len(rows)) if len(rows) > 1 else 0.0
     return f"{statistics.mean(values):.1f} ± {max(episodes, spread):.1f}"

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from test_dino import VIEWS as VIEWS
 from toys import NUM_SAMPLES, Toy, objective, samples, views
 
 from darkmatter.backbones import Backbone
@@ -10,7 +11,6 @@ from darkmatter.params import ParamsError
 
 SMALL = {"projector": [8, 5], "prototypes": [4, 3, 5]}
 DIGITS = {"projector": [64, 32], "prototypes": [64, 64], "temperature": 0.2}
-VIEWS = {"min_area": 0.9, "max_shift": 0.05, "max_degrees": 5.0, "max_shear": 0.1, "bend": 0.03, "min_contrast": 0.9}
 
 Rows = list[list[float]]
 

@@ -10,7 +10,7 @@ Against collapse: asymmetry. The teacher is an average of past students that no 
 `backbone` is the teacher's, which the paper evaluates. The authors' schedules go by epochs, these by the step.
 
 Family: distillation. Choose it for vision transformers and long runs with small views. In a few hundred steps on small
-data it does not get going, neither here nor elsewhere.
+data it does not get going here, lightly's neither.
 """
 
 import copy
