@@ -1,7 +1,10 @@
 """How a stage ends: well, or with a message that a person can act on."""
 
+import errno
 import sys
 from collections.abc import Callable
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Stopped(Exception):
@@ -9,10 +12,18 @@ class Stopped(Exception):
 
 
 def run(stage: Callable[[], None]) -> None:
-    """Runs a stage. A wrong setting, wrong data or a run that stopped itself end it with their message and status 2, all
-    else with a traceback."""
+    """Runs a stage. A wrong setting, wrong data, a full disk or a run that stopped itself end it with their message and
+    status 2, all else with a traceback."""
     try:
         stage()
     except (ValueError, Stopped) as error:  # ParamsError is one; for our own mistakes there is assert
-        print(f"\ndarkmatter: {error}\n", file=sys.stderr)
-        sys.exit(2)
+        _end(str(error))
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _end(f"the disk is full: {error}. What was there before is still there; make room and run it again")
+
+
+def _end(message: str) -> None:
+    print(f"\ndarkmatter: {message}\n", file=sys.stderr)
+    sys.exit(2)
