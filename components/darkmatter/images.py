@@ -4,6 +4,7 @@ What decoding does to a file, always the same: the first frame of an animation; 
 CMYK to RGB; transparency over white; 16-bit and float grey scaled to 8 bits, not cut off.
 """
 
+import dataclasses
 import io
 import warnings
 from typing import Literal
@@ -28,6 +29,45 @@ class Rejected(Exception):
         self.detail = detail
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What ingest wants to know of an image."""
+
+    extension: str
+    """Of the format that it has, whatever its name says."""
+    fingerprint: int | None
+    """64 bits, signed, that are alike for images that look alike; None for one that shows nothing."""
+
+
+def inspect(content: bytes, *, max_pixels: int) -> Inspection:
+    """Decodes once to see whether it can be done. Raises Rejected as `decode`."""
+    pixels = decode(content, max_pixels=max_pixels)
+    with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        extension = str(image.format).lower().replace("jpeg", "jpg")
+    return Inspection(extension=extension, fingerprint=fingerprint(pixels))
+
+
+def fingerprint(pixels: Pixels) -> int | None:
+    """The perceptual hash of C. Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010), 3.2.1:
+    the signs, about their median, of the 8 x 8 lowest frequencies of the 32 x 32 image, without the constant ones."""
+    small = Image.fromarray(pixels).convert("L").resize((32, 32), Image.Resampling.BOX)
+    grey = np.asarray(small, dtype=np.float64)
+    if grey.std() < 2:
+        return None
+    frequencies = (_COSINES @ grey @ _COSINES.T).ravel()
+    bits = np.packbits(frequencies > np.median(frequencies))
+    return int.from_bytes(bits.tobytes(), signed=True)
+
+
+_COSINES = np.cos(np.pi * np.outer(np.arange(1, 9), 2 * np.arange(32) + 1) / 64)  # DCT-II, rows 1 to 8
+
+
+def load_decoders() -> None:
+    """Imports what Pillow would import at the first image."""
+    Image.preinit()
+    Image.init()
+
+
 def decode(content: bytes, *, max_pixels: int | None = None) -> Pixels:
     """Any of the supported formats to RGB.
 
@@ -36,7 +76,7 @@ def decode(content: bytes, *, max_pixels: int | None = None) -> Pixels:
         max_pixels: larger images are rejected before they are decoded; None for bytes that ingest has let through.
 
     Raises:
-        Rejected: `empty`, `not-an-image`, `too-many-pixels` or `damaged`.
+        Rejected: `empty`, `not-an-image`, `too-many-pixels`, `too-much-memory` or `damaged`.
     """
     if not content:
         raise Rejected("empty", "the file has no bytes")
@@ -55,6 +95,8 @@ def decode(content: bytes, *, max_pixels: int | None = None) -> Pixels:
         try:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
+        except MemoryError as error:
+            raise Rejected("too-much-memory", f"{image.format} of {image.width}x{image.height} pixels") from error
         except Exception as error:
             raise Rejected("damaged", f"{image.format}: {type(error).__name__}: {error}") from error
 
