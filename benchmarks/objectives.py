@@ -107,10 +107,20 @@ def prepare(folder: Path, name: str, uri: str) -> None:
     """Shards, a training set, and for each split that scores are made of its pictures, decoded once for all methods."""
     if (folder / "test.npz").is_file():
         return
-    source = sources.open_source(sources.SourceConfig(uri=uri, labels=True))
-    config = ingest.IngestConfig(samples_per_shard=512, val_fraction=0.08, test_fraction=0.2, max_pixels=64_000_000)
+    section = sources.SourceConfig(uri=uri, labels=True)
+    config = ingest.IngestConfig(
+        samples_per_shard=512,
+        val_fraction=0.08,
+        test_fraction=0.2,
+        max_pixels=64_000_000,
+        max_file_mebibytes=256,
+        max_decode_seconds=20,
+        max_decode_mebibytes=3072,
+        near_duplicates=-1,
+        drop_removed=False,
+    )
     with cluster.session():
-        ingest.ingest(source, config, labels=True, out=folder / "shards")
+        ingest.ingest(section, config, out=folder / "shards")
         training_set.build(folder / "shards", training_set.AugmentConfig(**DATA[name]), folder / "train")
     spec, manifest = specification("simclr", name, folder, width=1), shards.Manifest.load(folder / "shards")
     for split in ("train", "test"):

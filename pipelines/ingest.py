@@ -10,7 +10,7 @@ def main() -> None:
     source = params.parse(sources.SourceConfig, tree["source"], where="source")
     config = params.parse(ingest.IngestConfig, tree["ingest"], where="ingest")
     with cluster.session():
-        counts = ingest.ingest(sources.open_source(source), config, labels=source.labels, out=Path("data/shards"))
+        counts = ingest.ingest(source, config, out=Path("data/shards"))
     files.write_json("metrics/ingest.json", counts)
     print(
         f"{counts['files_seen']:,} files: {counts['samples']:,} samples, {counts['duplicates']:,} duplicates, "

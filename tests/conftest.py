@@ -35,18 +35,30 @@ def digits(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
 
 
 def make_digits(root: Path, *, every: int) -> Path:
-    """Each `every`-th of the 5,000 built-in digits."""
+    """Each `every`-th of the 5,000 built-in digits, as files in a folder a class, through the real stages."""
     from darkmatter import ingest, sources, training_set
     from darkmatter.sources import builtin
 
-    class Some(builtin.Mnist):
-        def items(self) -> list[sources.Item]:
-            return super().items()[::every]
-
-    config = ingest.IngestConfig(samples_per_shard=128, val_fraction=0.2, test_fraction=0.25, max_pixels=10_000)
-    ingest.ingest(Some(), config, labels=True, out=root / "shards")
+    source = builtin.open_source("mnist")
+    items = list(source.items())[::every]
+    for item, content in zip(items, source.read(items, limit=10_000), strict=True):
+        path = root / "files" / str(item.label) / f"{item.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    section = sources.SourceConfig(uri=f"folder:{root}/files", labels=True)
+    ingest.ingest(section, ingest_config(samples_per_shard=128), out=root / "shards")
     training_set.build(root / "shards", augment_config(), root / "train")
     return root
+
+
+def ingest_config(**changes: object) -> "ingest.IngestConfig":  # type: ignore[name-defined]
+    from darkmatter import ingest
+
+    values = {
+        "samples_per_shard": 10, "val_fraction": 0.2, "test_fraction": 0.25, "max_pixels": 10_000, "max_file_mebibytes": 1,
+        "max_decode_seconds": 10, "max_decode_mebibytes": 2048, "near_duplicates": -1, "drop_removed": False,
+    }  # fmt: skip
+    return ingest.IngestConfig(**{**values, **changes})
 
 
 def augment_config(**changes: object) -> "training_set.AugmentConfig":  # type: ignore[name-defined]

@@ -13,18 +13,19 @@ from darkmatter import cluster
 with cluster.session():
     import ray
     assert len(ray.nodes()) == 1
-    print(cluster.map_tasks(lambda a, b: a * b, [(2, 3), (4, 5)], "multiplying"), ray.get_runtime_context().gcs_address)
+    products = list(cluster.map_tasks(lambda a, b: a * b, [(2, 3), (4, 5)], "multiplying"))
+    print(products, ray.get_runtime_context().gcs_address)
 """
 
 
 def test_tasks_come_back_in_order(ray_session: None) -> None:
     tasks = [(number, 7) for number in range(20)]
-    assert cluster.map_tasks(lambda a, b: (a // b, a % b), tasks, "x") == [divmod(a, b) for a, b in tasks]
+    assert list(cluster.map_tasks(lambda a, b: (a // b, a % b), tasks, "x")) == [divmod(a, b) for a, b in tasks]
 
 
 def test_an_exception_of_a_task_is_raised_here(ray_session: None) -> None:
     with pytest.raises(ZeroDivisionError):
-        cluster.map_tasks(lambda a, b: a / b, [(1, 1), (1, 0)], "x")
+        list(cluster.map_tasks(lambda a, b: a / b, [(1, 1), (1, 0)], "x"))
 
 
 def test_with_ray_address_it_attaches_and_leaves_the_cluster_running(ray_session: None) -> None:

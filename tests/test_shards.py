@@ -1,3 +1,5 @@
+import dataclasses
+import io
 import tarfile
 from pathlib import Path
 
@@ -13,7 +15,8 @@ SAMPLES = [
 
 
 def write(folder: Path, *, labels: bool = True, split: shards.Split = "train") -> shards.Manifest:
-    shard = shards.write_shard(folder / "train-000000.tar", SAMPLES, split=split, labels=labels)
+    samples = SAMPLES if labels else [dataclasses.replace(one, label=None) for one in SAMPLES]
+    shard = shards.write_shard(folder / "train-000000.tar", samples, split=split)
     manifest = shards.Manifest(classes=["a", "b", "c"] if labels else None, shards=[shard])
     manifest.save(folder)
     return manifest
@@ -33,7 +36,7 @@ def test_reader_finds_each_sample_by_one_offset(tmp_path: Path) -> None:
     manifest = write(tmp_path)
     with shards.Reader(tmp_path, shards.Manifest.load(tmp_path), "train") as reader:
         assert [reader.read(index) for index in (3, 0, 4, 1, 2)] == [SAMPLES[i].content for i in (3, 0, 4, 1, 2)]
-        assert reader.labels == [one.label for one in SAMPLES]
+        assert reader.labels.tolist() == [one.label for one in SAMPLES]
         assert reader.keys == [one.key for one in SAMPLES]
     assert shards.Manifest.load(tmp_path) == manifest
     with shards.Reader(tmp_path, manifest, "test") as reader:
@@ -54,7 +57,8 @@ def test_without_labels_no_label_touches_the_disk(tmp_path: Path) -> None:
     write(tmp_path, labels=False)
     with tarfile.open(tmp_path / "train-000000.tar") as tar:
         assert all(name.endswith(".png") for name in tar.getnames())
-    assert '"labels": null' in (tmp_path / "manifest.json").read_text()
+    with shards.Reader(tmp_path, shards.Manifest.load(tmp_path), "train") as reader:
+        assert reader.labels.tolist() == [-1] * len(SAMPLES)
 
 
 def test_the_digest_names_the_content_and_its_split(tmp_path: Path) -> None:
@@ -75,6 +79,42 @@ def test_one_flipped_bit_is_found_and_the_shard_named(tmp_path: Path) -> None:
         manifest.verify(tmp_path)
 
 
+def test_a_damaged_index_is_found_and_named(tmp_path: Path) -> None:
+    manifest = write(tmp_path)
+    path = tmp_path / "train-000000.index.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-000000\.index\.npy is damaged"):
+        manifest.verify(tmp_path)
+
+
+def test_a_shard_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    manifest = write(tmp_path)
+    assert list(shards.read_shard(tmp_path, manifest.shards[0])) == SAMPLES
+
+
+def test_the_tar_is_that_of_pythons_own_writer(tmp_path: Path) -> None:
+    manifest = write(tmp_path)
+    with tarfile.open(tmp_path / "theirs.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for one in SAMPLES:
+            for name, content in ((f"{one.key}.png", one.content), (f"{one.key}.cls", str(one.label).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    assert (tmp_path / "theirs.tar").read_bytes() == (tmp_path / manifest.shards[0].path).read_bytes()
+
+
+def test_a_shard_from_before_a_kill_counts_only_with_the_same_keys(tmp_path: Path) -> None:
+    (shard,) = write(tmp_path).shards
+    keys, path = [one.key for one in SAMPLES], tmp_path / shard.path
+    assert shards.existing(path, "train", keys) == shard
+    assert shards.existing(path, "train", keys[:-1]) is None
+    assert shards.existing(tmp_path / "train-000001.tar", "train", keys) is None
+    (tmp_path / shard.index_path).unlink()
+    assert shards.existing(path, "train", keys) is None
+
+
 def test_a_missing_or_short_shard_is_named(tmp_path: Path) -> None:
     write(tmp_path)
     path = tmp_path / "train-000000.tar"
@@ -85,12 +125,12 @@ def test_a_missing_or_short_shard_is_named(tmp_path: Path) -> None:
 
 def test_a_key_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two samples have the same key"):
-        shards.write_shard(tmp_path / "a.tar", [SAMPLES[0], SAMPLES[0]], split="train", labels=True)
+        shards.write_shard(tmp_path / "a.tar", [SAMPLES[0], SAMPLES[0]], split="train")
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
-    text = (tmp_path / "manifest.json").read_text().replace('"format": 1', '"format": 2')
+    text = (tmp_path / "manifest.json").read_text().replace('"format": 2', '"format": 3')
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(ValueError, match="format 2; this version reads 1"):
+    with pytest.raises(ValueError, match="format 3; this version reads 2"):
         shards.Manifest.load(tmp_path)

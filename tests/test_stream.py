@@ -13,8 +13,7 @@ SAMPLES, BATCH = 103, 12
 def reader(tmp_path: Path) -> shards.Reader:
     samples = [shards.Sample(key=f"{n:032x}", content=n.to_bytes(2, "big"), extension="png") for n in range(SAMPLES)]
     parts = [
-        shards.write_shard(tmp_path / f"train-{n}.tar", samples[n * 40 : n * 40 + 40], split="train", labels=False)
-        for n in range(3)
+        shards.write_shard(tmp_path / f"train-{n}.tar", samples[n * 40 : n * 40 + 40], split="train") for n in range(3)
     ]
     with shards.Reader(tmp_path, shards.Manifest(classes=None, shards=parts), "train") as reader:
         yield reader

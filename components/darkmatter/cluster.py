@@ -4,17 +4,21 @@ Nothing has to be started by hand: without RAY_ADDRESS a cluster of this machine
 it; with RAY_ADDRESS (which a submitted job has by itself) the stage runs on that cluster.
 """
 
+import collections
+import itertools
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 
 from darkmatter.params import Config
+
+Answer = TypeVar("Answer")
 
 
 class PlaceConfig(Config):
@@ -59,20 +63,34 @@ def session() -> Iterator[None]:
         ray.shutdown()
 
 
-def map_tasks(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], what: str) -> list[Any]:
-    """`[function(*task) for task in tasks]` on all cores of the cluster, in order, with a progress bar.
+def map_tasks(
+    function: Callable[..., Answer], tasks: Iterable[tuple[Any, ...]], what: str, *, total: int | None = None
+) -> Iterator[Answer]:
+    """`function(*task)` for each task on all cores of the cluster, in order, with a progress bar over `total`.
 
-    A task whose process dies is run again by Ray; an exception of a task is raised here.
+    Tasks are taken and answers given one after the other: at any time only a few of either exist. A task whose process
+    dies is run again by Ray; an exception of a task is raised here.
     """
     import ray
     from tqdm import tqdm
 
     remote = ray.remote(function)
-    pending = [remote.remote(*task) for task in tasks]
-    results = []
-    for reference in tqdm(pending, desc=what, unit="task", mininterval=1.0):
-        results.append(ray.get(reference))
-    return results
+    ahead = 2 * max(1, round(ray.cluster_resources().get("CPU", 1)))
+    pending: collections.deque[Any] = collections.deque()
+    with tqdm(desc=what, unit="task", mininterval=1.0, total=total) as progress:
+        for task in itertools.chain(tasks, itertools.repeat(None)):
+            if task is not None:
+                pending.append(remote.remote(*task))
+                if len(pending) < ahead:
+                    continue
+            if not pending:
+                return
+            try:
+                answer = ray.get(pending.popleft())
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+            yield answer
+            progress.update()
 
 
 def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig, *, name: str) -> None:

@@ -141,7 +141,7 @@ def features(
             )
             for name, embedder in embedders.items():
                 parts[name].append(embedder(pictures, contents))
-        labels = np.array([-1 if label is None else label for label in reader.labels], np.int64)
+        labels = reader.labels
     return {name: np.concatenate(some) for name, some in parts.items()}, labels
 
 

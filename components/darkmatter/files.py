@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write(path: str | Path, content: bytes | str) -> None:
+def write(path: str | Path, content: bytes | memoryview | str) -> None:
     """Replaces `path` in one step: after a kill at any moment it holds the old content or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,8 +43,13 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    replace_folder(temporary, path)
+
+
+def replace_folder(new: str | Path, path: str | Path) -> None:
+    """`new` takes the name `path`; what stood there is gone."""
     remove_folder(path)
-    os.replace(temporary, path)
+    os.replace(new, path)
 
 
 def remove_folder(path: str | Path) -> None:

@@ -1,27 +1,31 @@
 """A source -> labelled shards of original bytes, with every file accounted for.
 
-Two passes over the source, each in parallel Ray tasks: the first reads, checks and hashes every file, the second writes
-shards. Between them, in one place, duplicates are dropped and splits assigned, so that the outcome depends on the
-content alone and not on the number of tasks.
+What is known of each file is kept, so that only new ones are looked at: each is read, checked and hashed in parallel
+tasks. Then, in one place, duplicates are dropped and splits assigned; the outcome depends on the content and not on the
+number of tasks. New samples go into new shards; the old ones keep their bytes.
 """
 
 import dataclasses
+import functools
 import hashlib
-import io
+import itertools
 import json
-from collections import Counter
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from PIL import Image
 from pydantic import Field
 
-from darkmatter import cluster, files, images, shards
+from darkmatter import cluster, files, images, lineage, plugin, shards
+from darkmatter.guard import Guard, Limits
+from darkmatter.ledger import Ledger, key_of, near_duplicates
 from darkmatter.params import Config
-from darkmatter.sources import Item, Source
+from darkmatter.sources import Item, Source, SourceConfig, Unreadable, open_source
 
 _ITEMS_PER_TASK = 256
+_LEDGER = "files.parquet"
 
 
 class IngestConfig(Config):
@@ -33,75 +37,210 @@ class IngestConfig(Config):
     """Share of the samples for validation: the health of a run and all choices are made on it."""
     test_fraction: float = Field(ge=0, lt=1)
     """Share of the samples that only `evaluate` reads."""
-    max_pixels: int = Field(gt=0)
-    """Larger images are rejected before they are decoded (decompression bombs)."""
+    max_pixels: int = Field(gt=0, le=178_956_970)
+    """Larger images are rejected before they are decoded (decompression bombs). Pillow decodes none over 179 million."""
+    max_file_mebibytes: int = Field(gt=0)
+    """Larger files are rejected before they are read."""
+    max_decode_seconds: float = Field(gt=0)
+    """An image that takes longer is rejected."""
+    max_decode_mebibytes: int = Field(ge=512)
+    """Memory of the process that decodes; an image that needs more is rejected."""
+    near_duplicates: int = Field(ge=-1, le=7)
+    """Leave out what looks like an earlier one: perceptual hashes differ in at most so many of 64 bits. -1: keep."""
+    drop_removed: bool
+    """Take samples out of the shards when the source has lost their files; else they are listed and stay."""
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_pixels, self.max_decode_seconds, self.max_decode_mebibytes)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Seen:
-    """What the first pass found out about an item: either its digest or why it was rejected."""
+def ingest(section: SourceConfig, config: IngestConfig, *, out: Path) -> dict[str, Any]:
+    """Makes `out` (shards, manifest.json, and lists of all files) what the source is now, whole or not at all.
 
-    item: Item
-    sha256: str = ""
-    extension: str = ""
-    reason: str = ""
-    detail: str = ""
-
-
-def ingest(source: Source, config: IngestConfig, *, labels: bool, out: Path) -> dict[str, Any]:
-    """Writes `out` (shards, manifest.json, rejects.jsonl, duplicates.jsonl) whole or not at all.
+    What is there already stays, if it was made by the same code and settings from the same source. After a kill at any
+    moment the next call goes on, to the same result.
 
     Returns:
-        The counts: files_seen == samples + duplicates + rejects.
+        The counts: files_seen + from_removed_files == samples + duplicates + near_duplicates + rejects.
 
     Raises:
         ValueError: the source holds no usable image.
+        Unreadable: the source cannot be listed.
     """
-    items = source.items()
-    seen = _flatten(cluster.map_tasks(_inspect, [(source, block, config) for block in _blocks(items)], "checking"))
-    originals, duplicates, rejects = _account(seen)
+    return _Ingest(open_source(section), config, labels=section.labels, made=_made(section, config), out=out).run()
 
-    classes = sorted({one.item.label for one in originals if one.item.label is not None}) if labels else None
-    with files.whole_folder(out) as folder:
-        tasks = _plan(source, originals, config, classes, folder.resolve())
-        written = cluster.map_tasks(_write, tasks, "writing shards")
-        kept = [shard for shard, _ in written if shard.samples]
-        rejects += _flatten(changed for _, changed in written)
-        manifest = shards.Manifest(classes=classes, shards=kept)
-        counts = _counts(manifest, len(items), duplicates, rejects)
+
+def _made(section: SourceConfig, config: IngestConfig) -> dict[str, Any]:
+    """By what shards are made: with the same they can be kept. How many samples a shard has, does not matter to others."""
+    scheme = section.uri.partition(":")[0]
+    source = Path(plugin.load("sources", scheme, where="source.uri").__file__ or "")
+    settings = config.model_dump(exclude={"samples_per_shard", "drop_removed"})
+    return {"code": lineage.code_digest([Path(__file__), source]), "source": section.model_dump(), "ingest": settings}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """A sample that is to be written."""
+
+    item: Item
+    sha256: str
+    extension: str
+    label: int | None
+
+
+Failure = tuple[str, str, str]
+"""Name of an item, reason, detail."""
+
+
+class _Ingest:
+    """One run. The new folder is filled beside the old one, whose shards are links in it, and takes its place at the end."""
+
+    def __init__(
+        self, source: Source, config: IngestConfig, *, labels: bool, made: Mapping[str, Any], out: Path
+    ) -> None:
+        self.source, self.config, self.labels, self.made, self.out = source, config, labels, made, out
+        self.folder = out.with_name(f".{out.name}.new").resolve()
+        self.classes: list[str] = []
+        self.kept: dict[str, shards.Shard] = {}
+        self.next: dict[str, int] = dict.fromkeys(get_args(shards.Split), 0)
+
+    def run(self) -> dict[str, Any]:
+        self.ledger = Ledger(self.out.with_name(f".{self.out.name}.ledger"), made=self.made)
+        if self.ledger.is_new:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._take_over()
+        seen = self.ledger.list(self.source.items(), labels=self.labels)
+        self._inspect()
+        while True:  # a file that changes while it is read makes room for another one with its content
+            self.ledger.choose(functools.partial(_split_of, self.config), near_duplicates(self.config.near_duplicates))
+            self.classes += sorted(set(self.ledger.labels()) - set(self.classes)) if self.labels else []
+            self._let_go()
+            if not self._write():
+                break
+        manifest = shards.Manifest(
+            classes=self.classes if self.labels else None,
+            shards=sorted(
+                self.kept.values(), key=lambda shard: (get_args(shards.Split).index(shard.split), shard.path)
+            ),
+            made=self.made,
+        )
+        counts = self._counts(manifest, seen)
         if not counts["samples"]:
-            raise ValueError(f"there is no usable image among {len(items)} files: {counts['rejects_by_reason']}")
-        manifest.save(folder)
-        _write_lines(folder / "rejects.jsonl", [_row(one, reason=one.reason, detail=one.detail) for one in rejects])
-        _write_lines(folder / "duplicates.jsonl", [_row(one, same_as=first.item.name) for one, first in duplicates])
-    return counts
+            self.ledger.remove()
+            shutil.rmtree(self.folder)
+            raise ValueError(f"there is no usable image among {seen} files: {counts['rejects_by_reason']}")
+        self._finish(manifest)
+        return counts
 
+    def _take_over(self) -> None:
+        """Shards of the last ingest become links in the new folder, without a byte copied."""
+        if not (self.out / "manifest.json").is_file():
+            return
+        tree = json.loads((self.out / "manifest.json").read_text())
+        if tree.get("made") != json.loads(json.dumps(self.made)):
+            print(f"{self.out} was made by other code, settings or data; it is made anew", flush=True)
+            return
+        before = shards.Manifest.load(self.out)
+        if self.ledger.is_new:
+            self.ledger.load(self.out / _LEDGER)
+        self.classes = list(before.classes or [])
+        for shard in before.shards:
+            for name in (shard.path, shard.index_path):
+                if not (self.folder / name).exists():
+                    os.link(self.out / name, self.folder / name)
+            self._keep(shard)
 
-def _inspect(source: Source, block: Sequence[Item], config: IngestConfig) -> list[_Seen]:
-    return [_inspect_one(source, item, config.max_pixels) for item in block]
+    def _keep(self, shard: shards.Shard) -> None:
+        self.kept[shard.path] = shard
+        self.next[shard.split] = max(self.next[shard.split], int(shard.path[-10:-4]) + 1)
+        index = shard.index(self.folder)
+        labels = [None if label < 0 else self.classes[label] for label in index["label"].tolist()]
+        self.ledger.have(shard.path, shard.split, [key.decode() for key in index["key"].tolist()], labels)
 
+    def _inspect(self) -> None:
+        """Reads, checks and hashes what is not known."""
+        blocks = _blocks(self.ledger.unknown_items())
+        tasks = ((self.source, block, self.config) for block in blocks)
+        total = -(-self.ledger.unknown() // _ITEMS_PER_TASK)
+        for found in cluster.map_tasks(_inspect, tasks, "checking", total=total):
+            self.ledger.note(found)
 
-def _inspect_one(source: Source, item: Item, max_pixels: int) -> _Seen:
-    try:
-        content = source.read(item)
-        images.decode(content, max_pixels=max_pixels)
-    except images.Rejected as rejected:
-        return _Seen(item=item, reason=rejected.reason, detail=rejected.detail)
-    except OSError as error:
-        return _Seen(item=item, reason="unreadable", detail=str(error))
-    with Image.open(io.BytesIO(content)) as image:
-        extension = str(image.format).lower().replace("jpeg", "jpg")
-    return _Seen(item=item, sha256=hashlib.sha256(content).hexdigest(), extension=extension)
+    def _let_go(self) -> None:
+        """Samples that must leave: their shards are written again without them."""
+        for path, keys in self.ledger.leaving(removed=self.config.drop_removed).items():
+            shard = self.kept.pop(path)
+            self.ledger.left(shard.keys(self.folder))
+            stay = [one for one in shards.read_shard(self.folder, shard) if one.key not in keys]
+            if stay:
+                self._keep(shards.write_shard(self._new_path(shard.split), stay, split=shard.split))
 
+    def _write(self) -> list[Failure]:
+        """New shards of what is in none; returns what could not be read this time."""
+        splits: tuple[shards.Split, ...] = get_args(shards.Split)
+        total = -(-self.ledger.count_missing() // self.config.samples_per_shard) + len(splits) - 1
+        failures: list[Failure] = []
+        written = cluster.map_tasks(_write, self._write_tasks(splits), "writing shards", total=total)
+        for shard, failed in written:
+            if shard is not None:
+                self._keep(shard)
+            failures += failed
+        self.ledger.note((name, None, None, None, reason, detail) for name, reason, detail in failures)
+        return failures
 
-def _account(seen: Sequence[_Seen]) -> tuple[list[_Seen], list[tuple[_Seen, _Seen]], list[_Seen]]:
-    """Originals, (duplicate, the original it repeats), rejects. The first in the source's order is the original."""
-    first: dict[str, _Seen] = {}
-    duplicates: list[tuple[_Seen, _Seen]] = []
-    for one in seen:
-        if not one.reason and first.setdefault(one.sha256, one) is not one:
-            duplicates.append((one, first[one.sha256]))
-    return list(first.values()), duplicates, [one for one in seen if one.reason]
+    def _write_tasks(self, splits: Sequence[shards.Split]) -> Iterator[tuple[Any, ...]]:
+        places = {name: number for number, name in enumerate(self.classes)}
+        limit = self.config.max_file_mebibytes << 20
+        for split in splits:
+            wanted = (
+                _Wanted(item=item, sha256=sha256, extension=extension, label=None if label is None else places[label])
+                for item, sha256, extension, label in self.ledger.missing(split)
+            )
+            for members in _blocks(wanted, self.config.samples_per_shard):
+                yield self.source, members, split, self._new_path(split), limit
+
+    def _new_path(self, split: shards.Split) -> Path:
+        number = self.next[split]
+        self.next[split] = number + 1
+        return self.folder / f"{split}-{number:06d}.tar"
+
+    def _finish(self, manifest: shards.Manifest) -> None:
+        lists = {
+            "rejects": self.ledger.rejects,
+            "duplicates": self.ledger.duplicates,
+            "near_duplicates": self.ledger.near_duplicates,
+            "removed": self.ledger.removed,
+        }
+        for name, rows in lists.items():
+            with (self.folder / f"{name}.jsonl").open("w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows())
+        self.ledger.save(self.folder / _LEDGER)
+        manifest.save(self.folder)
+        ours = {"manifest.json", _LEDGER, *(f"{name}.jsonl" for name in lists)}
+        ours |= {path for shard in manifest.shards for path in (shard.path, shard.index_path)}
+        for path in self.folder.iterdir():
+            if path.name not in ours:
+                path.unlink()
+        files.replace_folder(self.folder, self.out)
+        self.ledger.remove()
+
+    def _counts(self, manifest: shards.Manifest, seen: int) -> dict[str, Any]:
+        reasons = self.ledger.reasons()
+        by_split = manifest.samples_by_split()
+        return {
+            "files_seen": seen,
+            "samples": sum(by_split.values()),
+            "duplicates": _length(self.ledger.duplicates()),
+            "near_duplicates": _length(self.ledger.near_duplicates()),
+            "rejects": sum(reasons.values()),
+            "from_removed_files": _length(self.ledger.removed()),
+            "rejects_by_reason": reasons,
+            "samples_by_split": by_split,
+            "classes": len(manifest.classes or []),
+            "shards": len(manifest.shards),
+            "bytes": sum(shard.bytes for shard in manifest.shards),
+        }
 
 
 def split_of(sha256: str, config: IngestConfig) -> shards.Split:
@@ -112,66 +251,58 @@ def split_of(sha256: str, config: IngestConfig) -> shards.Split:
     return "val" if place < config.test_fraction + config.val_fraction else "train"
 
 
-def _plan(
-    source: Source, originals: Sequence[_Seen], config: IngestConfig, classes: list[str] | None, folder: Path
-) -> list[tuple[Any, ...]]:
-    tasks: list[tuple[Any, ...]] = []
-    splits: tuple[shards.Split, ...] = ("train", "val", "test")
-    for split in splits:
-        members = [one for one in originals if split_of(one.sha256, config) == split]
-        for number, start in enumerate(range(0, len(members), config.samples_per_shard)):
-            path = folder / f"{split}-{number:06d}.tar"
-            tasks.append((source, members[start : start + config.samples_per_shard], split, classes, path))
-    return tasks
+def _split_of(config: IngestConfig, sha256: str) -> shards.Split:
+    return split_of(sha256, config)
+
+
+@functools.cache
+def _guard(limits: Limits) -> Guard:
+    """One for each process that runs tasks."""
+    return Guard(limits)
+
+
+def _inspect(source: Source, block: Sequence[Item], config: IngestConfig) -> list[tuple[Any, ...]]:
+    """What Ledger.note takes."""
+    guard, found = _guard(config.limits), list[tuple[Any, ...]]()
+    contents = source.read(block, limit=config.max_file_mebibytes << 20)
+    for item, content in zip(block, contents, strict=True):
+        try:
+            if isinstance(content, Unreadable):
+                raise content
+            seen = guard.inspect(content)
+        except (images.Rejected, Unreadable) as error:
+            found.append((item.name, None, None, None, error.reason, error.detail))
+        else:
+            digest = hashlib.sha256(content).hexdigest()
+            found.append((item.name, digest, seen.extension, seen.fingerprint, None, None))
+    return found
 
 
 def _write(
-    source: Source, members: Sequence[_Seen], split: shards.Split, classes: list[str] | None, path: Path
-) -> tuple[shards.Shard, list[_Seen]]:
+    source: Source, members: Sequence[_Wanted], split: shards.Split, path: Path, limit: int
+) -> tuple[shards.Shard | None, list[Failure]]:
+    """One shard, unless it is there already from before a kill, and the items that are no longer what they were."""
+    before = shards.existing(path, split, [key_of(one.sha256) for one in members])
+    if before is not None:
+        return before, []
     samples: list[shards.Sample] = []
-    changed: list[_Seen] = []
-    for one in members:
-        try:
-            content = source.read(one.item)
-        except OSError as error:
-            changed.append(_Seen(item=one.item, reason="unreadable", detail=str(error)))
-            continue
-        if hashlib.sha256(content).hexdigest() != one.sha256:
-            changed.append(_Seen(item=one.item, reason="changed", detail="the file changed while it was ingested"))
-            continue
-        label = classes.index(one.item.label) if classes and one.item.label is not None else None
-        samples.append(shards.Sample(key=one.sha256[:32], content=content, extension=one.extension, label=label))
-    return shards.write_shard(path, samples, split=split, labels=classes is not None), changed
+    failures: list[Failure] = []
+    for one, content in zip(members, source.read([one.item for one in members], limit=limit), strict=True):
+        if isinstance(content, Unreadable):
+            failures.append((one.item.name, content.reason, content.detail))
+        elif hashlib.sha256(content).hexdigest() != one.sha256:
+            failures.append((one.item.name, "changed", "the file changed while it was ingested"))
+        else:
+            key = key_of(one.sha256)
+            samples.append(shards.Sample(key=key, content=content, extension=one.extension, label=one.label))
+    return shards.write_shard(path, samples, split=split) if samples else None, failures
 
 
-def _counts(
-    manifest: shards.Manifest, seen: int, duplicates: Sequence[Any], rejects: Sequence[_Seen]
-) -> dict[str, Any]:
-    by_split = manifest.samples_by_split()
-    return {
-        "files_seen": seen,
-        "samples": sum(by_split.values()),
-        "duplicates": len(duplicates),
-        "rejects": len(rejects),
-        "rejects_by_reason": dict(sorted(Counter(one.reason for one in rejects).items())),
-        "samples_by_split": by_split,
-        "classes": len(manifest.classes or []),
-        "shards": len(manifest.shards),
-        "bytes": sum(shard.bytes for shard in manifest.shards),
-    }
+def _blocks(items: Iterable[Any], size: int = _ITEMS_PER_TASK) -> Iterator[list[Any]]:
+    items = iter(items)
+    while block := list(itertools.islice(items, size)):
+        yield block
 
 
-def _blocks(items: Sequence[Item]) -> list[Sequence[Item]]:
-    return [items[start : start + _ITEMS_PER_TASK] for start in range(0, len(items), _ITEMS_PER_TASK)]
-
-
-def _flatten(lists: Any) -> list[Any]:
-    return [one for some in lists for one in some]
-
-
-def _row(one: _Seen, **rest: str) -> dict[str, str]:
-    return {"name": one.item.name, **rest}
-
-
-def _write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    files.write(path, "".join(json.dumps(row) + "\n" for row in rows))
+def _length(rows: Iterable[Any]) -> int:
+    return sum(1 for _ in rows)

@@ -1,6 +1,6 @@
-"""Samples -> WebDataset tars of deterministic bytes, and the manifest that finds each sample in them.
+"""Samples -> WebDataset tars of deterministic bytes, an index beside each, and the manifest that names them.
 
-The tars are plain USTAR (any WebDataset reader opens them); the manifest gives random access: one `pread` a sample.
+The tars are plain USTAR (any WebDataset reader opens them). The index gives random access: one `pread` a sample.
 """
 
 import dataclasses
@@ -9,32 +9,43 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Int64
 
 from darkmatter import files
 
 Split = Literal["train", "val", "test"]
-_FORMAT = 1
+_FORMAT = 2
+
+#: A row of an index: where a sample's data member is in the tar, in bytes. Label -1: none.
+_ROW = np.dtype([("key", "S32"), ("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar. Columns hold one value a sample, in the order of the tar."""
+    """One tar, and beside it its index: `NAME.tar` and `NAME.index.npy`."""
 
     path: str  # relative to the manifest
     split: Split
+    samples: int
     bytes: int
     sha256: str
-    keys: list[str]
-    offsets: list[int]  # of the sample's data member, in bytes from the start of the tar
-    sizes: list[int]  # of the sample's data member, in bytes
-    labels: list[int | None] | None  # index into Manifest.classes; None where labels were not kept
+    index_sha256: str
 
     @property
-    def samples(self) -> int:
-        return len(self.keys)
+    def index_path(self) -> str:
+        return self.path.removesuffix(".tar") + ".index.npy"
+
+    def index(self, folder: Path) -> np.ndarray:
+        """Its rows, in the order of the tar; read only where they are looked at."""
+        return np.load(folder / self.index_path, mmap_mode="r", allow_pickle=False)
+
+    def keys(self, folder: Path) -> list[str]:
+        return [key.decode() for key in self.index(folder)["key"].tolist()]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +54,8 @@ class Manifest:
 
     classes: list[str] | None
     shards: list[Shard]
+    made: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """By what it was made: as long as this is the same, shards can be kept and others added."""
 
     @property
     def digest(self) -> str:
@@ -57,29 +70,30 @@ class Manifest:
         return {split: self.samples(split) for split in splits}
 
     def save(self, folder: Path) -> None:
-        shards = [{**dataclasses.asdict(shard), "samples": shard.samples} for shard in self.shards]
-        tree = {"format": _FORMAT, "digest": self.digest, "classes": self.classes, "shards": shards}
-        files.write(folder / "manifest.json", json.dumps(tree) + "\n")
+        tree = {"format": _FORMAT, "digest": self.digest, **dataclasses.asdict(self)}
+        files.write_json(folder / "manifest.json", tree)
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
         """Raises ValueError when the manifest has another format or the shards do not have the sizes it names."""
         tree = json.loads((folder / "manifest.json").read_text())
         if tree["format"] != _FORMAT:
-            raise ValueError(f"{folder}/manifest.json has format {tree['format']}; this version reads {_FORMAT}")
-        shards = [Shard(**{name: value for name, value in s.items() if name != "samples"}) for s in tree["shards"]]
+            raise ValueError(
+                f"{folder}/manifest.json has format {tree['format']}; this version reads {_FORMAT}. Remove {folder} and "
+                "make it again with `dvc repro`"
+            )
+        shards = [Shard(**shard) for shard in tree["shards"]]
         for shard in shards:
             if not (folder / shard.path).is_file() or (folder / shard.path).stat().st_size != shard.bytes:
                 raise ValueError(f"{folder / shard.path} is missing or not {shard.bytes} bytes long; run ingest again")
-        return cls(classes=tree["classes"], shards=shards)
+        return cls(classes=tree["classes"], shards=shards, made=tree["made"])
 
     def verify(self, folder: Path) -> None:
-        """Reads every byte. Raises ValueError naming the first shard that is not what was written."""
+        """Reads every byte. Raises ValueError naming the first file that is not what was written."""
         for shard in self.shards:
-            if files.sha256(folder / shard.path) != shard.sha256:
-                raise ValueError(
-                    f"{folder / shard.path} is damaged: its sha256 is not the manifest's; run ingest again"
-                )
+            for path, expected in ((shard.path, shard.sha256), (shard.index_path, shard.index_sha256)):
+                if files.sha256(folder / path) != expected:
+                    raise ValueError(f"{folder / path} is damaged: its sha256 is not the manifest's; run ingest again")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,75 +104,117 @@ class Sample:
     label: int | None = None
 
 
-def write_shard(path: Path, samples: Iterable[Sample], *, split: Split, labels: bool) -> Shard:
-    """Writes one tar, whole or not at all; equal samples give equal bytes on every machine.
+def write_shard(path: Path, samples: Iterable[Sample], *, split: Split) -> Shard:
+    """Writes one tar and its index, each whole or not at all; equal samples give equal bytes on every machine.
 
     Args:
         path: of the tar; the shard's recorded path is its name.
-        samples: keys must be unique.
+        samples: keys must be unique, and 32 characters at most. A label is written as `KEY.cls` and into the index.
         split: recorded, not interpreted.
-        labels: write each sample's label as `KEY.cls` and record it. Without it no label touches the file.
 
     Raises:
-        ValueError: a key appears twice (WebDataset readers would merge or refuse the two).
+        ValueError: a key appears twice (WebDataset readers would merge or refuse the two) or is too long.
     """
-    keys: list[str] = []
-    offsets: list[int] = []
-    sizes: list[int] = []
-    kept: list[int | None] = []
+    rows: list[tuple[bytes, int, int, int]] = []
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            offsets.append(file.tell() + tarfile.BLOCKSIZE)
-            keys.append(sample.key)
-            sizes.append(len(sample.content))
-            _add(tar, f"{sample.key}.{sample.extension}", sample.content)
-            if labels:
-                kept.append(sample.label)
-                if sample.label is not None:
-                    _add(tar, f"{sample.key}.cls", str(sample.label).encode())
-    if len(set(keys)) != len(keys):
+    for sample in samples:
+        rows.append(
+            (
+                sample.key.encode(),
+                file.tell() + tarfile.BLOCKSIZE,
+                len(sample.content),
+                -1 if sample.label is None else sample.label,
+            )
+        )
+        _add(file, f"{sample.key}.{sample.extension}", sample.content)
+        if sample.label is not None:
+            _add(file, f"{sample.key}.cls", str(sample.label).encode())
+    file.write(bytes(2 * tarfile.BLOCKSIZE))
+    file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
+    if len({row[0] for row in rows}) != len(rows):
         raise ValueError(f"{path.name}: two samples have the same key")
-    content = file.getvalue()
-    files.write(path, content)
-    return Shard(
+    if any(len(row[0]) > _ROW["key"].itemsize for row in rows):
+        raise ValueError(f"{path.name}: a key has over {_ROW['key'].itemsize} bytes")
+    table = io.BytesIO()
+    np.save(table, np.array(rows, _ROW))
+    files.write(path, file.getbuffer())
+    shard = Shard(
         path=path.name,
         split=split,
-        bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
-        keys=keys,
-        offsets=offsets,
-        sizes=sizes,
-        labels=kept if labels else None,
+        samples=len(rows),
+        bytes=file.tell(),
+        sha256=hashlib.sha256(file.getbuffer()).hexdigest(),
+        index_sha256=hashlib.sha256(table.getbuffer()).hexdigest(),
+    )
+    files.write(path.with_name(shard.index_path), table.getbuffer())
+    return shard
+
+
+def existing(path: Path, split: Split, keys: Sequence[str]) -> Shard | None:
+    """The shard that `write_shard` left at this path, if it holds these keys in this order."""
+    shard = Shard(path=path.name, split=split, samples=len(keys), bytes=0, sha256="", index_sha256="")
+    if not path.is_file() or not (path.parent / shard.index_path).is_file() or shard.keys(path.parent) != list(keys):
+        return None
+    return dataclasses.replace(
+        shard,
+        bytes=path.stat().st_size,
+        sha256=files.sha256(path),
+        index_sha256=files.sha256(path.parent / shard.index_path),
     )
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+def _add(file: io.BytesIO, name: str, content: bytes) -> None:
     info = tarfile.TarInfo(name)  # its defaults (mtime 0, uid 0, mode 0644) are what makes the bytes deterministic
     info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
+    file.write(info.tobuf(tarfile.USTAR_FORMAT))
+    file.write(content)
+    file.write(bytes(-len(content) % tarfile.BLOCKSIZE))
+
+
+def read_shard(folder: Path, shard: Shard) -> Iterator[Sample]:
+    """The samples of one shard, in its order, as they were written."""
+    with tarfile.open(folder / shard.path) as tar:
+        extensions = {
+            member.offset_data: member.name.partition(".")[2] for member in tar if not member.name.endswith(".cls")
+        }
+    with (folder / shard.path).open("rb") as file:
+        for key, offset, size, label in shard.index(folder).tolist():
+            file.seek(offset)
+            yield Sample(
+                key=key.decode(),
+                content=file.read(size),
+                extension=extensions[offset],
+                label=None if label < 0 else label,
+            )
 
 
 class Reader:
     """Random access to the samples of one split, in the manifest's order. Safe to use from several threads."""
 
     def __init__(self, folder: Path, manifest: Manifest, split: Split) -> None:
-        shards = [shard for shard in manifest.shards if shard.split == split]
-        self._files = [os.open(folder / shard.path, os.O_RDONLY) for shard in shards]
-        self._places = [
-            (number, offset, size)
-            for number, shard in enumerate(shards)
-            for offset, size in zip(shard.offsets, shard.sizes, strict=True)
-        ]
-        self.keys = [key for shard in shards for key in shard.keys]
-        self.labels = [label for shard in shards for label in shard.labels or [None] * shard.samples]
+        self._folder = folder
+        self._shards: Sequence[Shard] = [shard for shard in manifest.shards if shard.split == split]
+        self._files = [os.open(folder / shard.path, os.O_RDONLY) for shard in self._shards]
+        self._starts = np.cumsum([0, *(shard.samples for shard in self._shards)])
+        tables = [shard.index(folder) for shard in self._shards]
+        empty = np.empty(0, _ROW)
+        self._offsets = np.concatenate([table["offset"] for table in (*tables, empty)])
+        self._sizes = np.concatenate([table["size"] for table in (*tables, empty)])
+        self.labels: Int64[np.ndarray, " samples"] = np.concatenate(
+            [table["label"].astype(np.int64) for table in (*tables, empty)]
+        )
+        """-1 where a sample has none."""
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for shard in self._shards for key in shard.keys(self._folder)]
 
     def read(self, index: int) -> bytes:
-        number, offset, size = self._places[index]
-        return os.pread(self._files[number], size, offset)
+        file = self._files[int(np.searchsorted(self._starts, index, side="right")) - 1]
+        return os.pread(file, int(self._sizes[index]), int(self._offsets[index]))
 
     def close(self) -> None:
         for file in self._files:

@@ -1,7 +1,10 @@
 """Labelled shards of original bytes -> the training set: bounded images without labels, their statistics."""
 
+import dataclasses
 import functools
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from pydantic import Field
 
-from darkmatter import cluster, files, images, plugin, shards
+from darkmatter import cluster, files, images, lineage, plugin, shards
 from darkmatter.augmentations import Views, collate
 from darkmatter.params import Config
 from darkmatter.stream import permutation
@@ -48,50 +51,79 @@ class ImageSpec(Config):
 
 
 def build(shards_folder: Path, config: AugmentConfig, out: Path) -> dict[str, Any]:
-    """Writes `out` (shards of the train and val splits without labels, manifest.json, images.json) whole or not at all.
+    """Makes `out` (shards of the train and val splits without labels, manifest.json, images.json) whole or not at all.
+
+    A shard that is there already, made in the same way from the same bytes, stays.
 
     Returns:
         Counts and statistics.
     """
     original = shards.Manifest.load(shards_folder)
     sources = [shard for shard in original.shards if shard.split in _HELD_OUT]
+    settings = config.model_dump(include={"channels", "max_side", "encoding"})
+    made = {"code": lineage.code_digest([Path(__file__)]), "augment": settings}
+    known = _known(out, made)
     with files.whole_folder(out) as folder:
-        tasks = [(shards_folder.resolve(), shard, config, folder.resolve()) for shard in sources]
-        written = cluster.map_tasks(_convert, tasks, "preparing")
-        manifest = shards.Manifest(classes=None, shards=[shard for shard, _ in written])
+        tasks = [
+            (shards_folder.resolve(), shard, config, folder.resolve()) for shard in sources if shard.sha256 not in known
+        ]
+        written = {origin: part for origin, part in known.items() if origin in {shard.sha256 for shard in sources}}
+        for part in written.values():
+            for name in (part.shard.path, part.shard.index_path):
+                os.link(out / name, folder / name)
+        written |= {part.origin: part for part in cluster.map_tasks(_convert, tasks, "preparing", total=len(tasks))}
+        parts = [written[shard.sha256] for shard in sources]
+        manifest = shards.Manifest(classes=None, shards=[part.shard for part in parts], made=made)
         manifest.save(folder)
-        moments = sum(sums for shard, sums in written if shard.split == "train")
-        spec = _image_spec(config, np.asarray(moments))
+        files.write_json(folder / "parts.json", [{"origin": part.origin, "sums": part.sums} for part in parts])
+        moments = np.sum([part.sums for part in parts if part.shard.split == "train"], axis=0)
+        spec = _image_spec(config, moments)
         files.write_json(folder / "images.json", spec.model_dump())
     return {
         "samples_by_split": manifest.samples_by_split(_HELD_OUT),
+        "new_shards": len(tasks),
         "bytes": sum(shard.bytes for shard in manifest.shards),
         "mean": spec.mean,
         "std": spec.std,
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A shard of the training set."""
+
+    shard: shards.Shard
+    origin: str
+    """sha256 of the shard that it was made of."""
+    sums: list[list[float]]
+    """Of 1, x and x^2 over its pixels, for each channel."""
+
+
+def _known(out: Path, made: Mapping[str, Any]) -> dict[str, _Part]:
+    """By origin, the parts that need not be made again."""
+    if not (out / "parts.json").is_file() or json.loads((out / "manifest.json").read_text()).get("made") != made:
+        return {}
+    rows = json.loads((out / "parts.json").read_text())
+    parts = [_Part(shard, **row) for shard, row in zip(shards.Manifest.load(out).shards, rows, strict=True)]
+    return {part.origin: part for part in parts}
+
+
 def load_image_spec(folder: Path) -> ImageSpec:
     return ImageSpec(**json.loads((folder / "images.json").read_text()))
 
 
-def _convert(
-    folder: Path, shard: shards.Shard, config: AugmentConfig, out: Path
-) -> tuple[shards.Shard, Float[np.ndarray, "3 channels"]]:
-    """One shard, and the sums of 1, x and x^2 over its pixels."""
+def _convert(folder: Path, shard: shards.Shard, config: AugmentConfig, out: Path) -> _Part:
     samples = []
     sums = np.zeros((3, config.channels))
-    manifest = shards.Manifest(classes=None, shards=[shard])
-    with shards.Reader(folder, manifest, shard.split) as reader:
-        for index, key in enumerate(reader.keys):
-            pixels = images.decode(reader.read(index))
-            content = images.encode(
-                pixels, max_side=config.max_side, channels=config.channels, encoding=config.encoding
-            )
-            samples.append(shards.Sample(key=key, content=content, extension=config.encoding.replace("jpeg", "jpg")))
-            values = images.decode_own(content) / 255.0  # as training will see them
-            sums += [np.full(config.channels, values[0].size), values.sum((1, 2)), np.square(values).sum((1, 2))]
-    return shards.write_shard(out / shard.path, samples, split=shard.split, labels=False), sums
+    for sample in shards.read_shard(folder, shard):
+        pixels = images.decode(sample.content)
+        content = images.encode(pixels, max_side=config.max_side, channels=config.channels, encoding=config.encoding)
+        extension = config.encoding.replace("jpeg", "jpg")
+        samples.append(shards.Sample(key=sample.key, content=content, extension=extension))
+        values = images.decode_own(content) / 255.0  # as training will see them
+        sums += [np.full(config.channels, values[0].size), values.sum((1, 2)), np.square(values).sum((1, 2))]
+    written = shards.write_shard(out / shard.path, samples, split=shard.split)
+    return _Part(written, shard.sha256, sums.tolist())
 
 
 def _image_spec(config: AugmentConfig, sums: Float[np.ndarray, "3 channels"]) -> ImageSpec:

@@ -6,26 +6,30 @@ mnist: 5,000 of the MNIST digits (LeCun, Cortes & Burges), 500 a class, 28x28 gr
 import functools
 import importlib.util
 import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from darkmatter import files
 from darkmatter.params import ParamsError
-from darkmatter.sources import Item, Source
+from darkmatter.sources import Item, Source, Unreadable
 
 
 class Mnist(Source):
-    def items(self) -> list[Item]:
+    def items(self) -> Iterator[Item]:
+        version = files.sha256(_mnist_file())[:16]
         _, labels = _mnist()
-        return [Item(f"{number:05d}", str(label)) for number, label in enumerate(labels)]
+        for number, label in enumerate(labels):
+            yield Item(f"{number:05d}", version, str(label))
 
-    def read(self, item: Item) -> bytes:
+    def read(self, items: Sequence[Item], *, limit: int) -> Iterator[bytes | Unreadable]:
         from PIL import Image
 
         pixels, _ = _mnist()
-        file = io.BytesIO()
-        Image.fromarray(pixels[int(item.name)]).save(file, format="PNG")
-        return file.getvalue()
+        for item in items:
+            file = io.BytesIO()
+            Image.fromarray(pixels[int(item.name)]).save(file, format="PNG")
+            yield file.getvalue()
 
     def state(self) -> str:
         return files.sha256(_mnist_file())
