@@ -44,8 +44,8 @@ check: lint test  ## what CI runs
 docs: setup  ## docs/params.md and the tables of docs/objectives.md
 	$(BIN)/python docs/generate.py
 
-bench: setup  ## measurements, side by side; written to docs/performance.md
-	$(BIN)/python benchmarks/training.py
+bench: setup  ## the data path beside the usual one; PHOTOS=folder of large photographs; writes docs/performance.md
+	$(BIN)/python benchmarks/data.py $(if $(PHOTOS),--photographs $(PHOTOS))
 
 bench-objectives: setup  ## every objective beside the others and lightly's; CLIP_ART=folder adds a second data set
 	$(BIN)/python -m pip install --quiet --no-deps lightly==1.6.0 lightly_utils==0.0.2

@@ -9,6 +9,7 @@ turn, so that a noisy machine is noisy to both. Time per step is compared as the
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import statistics
@@ -70,7 +71,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 #: The papers that reconstruct or predict use crops and mirror images only.
 MILD = {
     "glyphs": {"max_shift": 0.05, "bend": 0.0, "max_degrees": 5.0, "max_shear": 0.05, "min_area": 0.9},
-    "natural": {"min_area": 0.6, "jitter_probability": 0.0, "grey_probability": 0.0, "blur_probability": 0.0},
+    "natural": {"min_area": 0.6, "jitter_probability": 0.0, "grey_probability": 0.0, "blur_probability": [0.0] * 3},
 }
 MILD_METHODS = ("bigan", "cpc", "denoising", "ijepa", "mae", "vae", "vqvae")
 LOCAL = {"glyphs": {"local_min_area": 0.3}, "natural": {"local_min_area": 0.08}}
@@ -218,10 +219,9 @@ def measure(name: str, data: str, folder: Path, args: argparse.Namespace) -> Non
     spec = specification(name, data, folder, args.width)
     if args.vit:
         spec = spec.model_copy(update={"objective": {"name": name, name: {**OPTIONS[name], "decoder_heads": 4}}})
-    policy = training_set.choose_views(spec.views, spec.images.image_size)
-    load = training_set.batch_loader(spec.images)
+    policy = training_set.choose_views(spec.views, spec.images)
     contents = training_set.held_out(folder / "train", HELD_OUT)
-    held_out = policy(load(contents, np.arange(len(contents))), seed=0, epoch=-1)
+    held_out = policy(contents, np.arange(len(contents)), seed=0, epoch=-1)
     twin = LIGHTLY.get(name) if importlib.util.find_spec("lightly") else None
     if name == "mae" and not args.vit:
         twin = None  # lightly's needs a vision transformer: --vit compares on one
@@ -231,11 +231,12 @@ def measure(name: str, data: str, folder: Path, args: argparse.Namespace) -> Non
         runners = {side: Runner(one, adamw(one, weight_decay=0.05)) for side, one in sides.items()}
         view_seconds, mebibytes = [], {}
         with shards.Reader(folder / "train", shards.Manifest.load(folder / "train"), "train") as reader:
+            load = functools.partial(policy.prepare, seed=seed, whole=ours.num_views)
             stream = Stream(reader, load, batch_size=BATCH, seed=seed)
             total = args.epochs * stream.steps_per_epoch
             for step, batch in enumerate(stream.batches(0, total)):
                 started = time.perf_counter()
-                views = policy(batch.loaded, seed=seed, epoch=batch.epoch, whole=ours.num_views)
+                views = policy.finish(batch.loaded, seed=seed, epoch=batch.epoch, whole=ours.num_views)
                 view_seconds.append(time.perf_counter() - started)
                 if not step:
                     fresh = build_sides(spec, seed, twin, vit=args.vit)

@@ -7,7 +7,7 @@ from darkmatter import cluster, console, files, params, pictures, training_set
 
 def main() -> None:
     config = params.parse(training_set.AugmentConfig, params.read()["augment"], where="augment")
-    views = training_set.choose_views(config.views, config.image_size)
+    views = training_set.choose_views(config.views, config)
     with cluster.session():
         statistics = training_set.build(Path("data/shards"), config, Path("data/train"))
     pictures.contact_sheet(*training_set.look(Path("data/train"), views), Path("plots/views.png"))

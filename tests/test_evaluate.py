@@ -100,7 +100,7 @@ def test_a_page_is_made_of_it(results: evaluate.Results, tmp_path: Path) -> None
     pictures.few_shot(results.tree, plots / "few_shot.png")
     pictures.energies(*results.energies, plots / "energies.png")
     pictures.history([{"step": 1, "loss": 2.0, "energy_margin": 0.5, "learning_rate": 0.1}], plots / "history.png")
-    pictures.contact_sheet([np.zeros((1, 9, 7), np.uint8)], np.zeros((1, 2, 1, 8, 8)), plots / "views.png")
+    pictures.contact_sheet([np.zeros((9, 7, 1), np.uint8)], np.zeros((1, 2, 1, 8, 8)), plots / "views.png")
     rule = {"passed": False, "reason": "energy margin 0.5 < 0.9 & <more>"}
     page = report.Page(
         metrics={

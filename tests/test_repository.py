@@ -56,8 +56,8 @@ assert random.getstate() == state, "the random state changed"
 
 
 def test_importing_any_module_has_no_effect(tmp_path: Path) -> None:
-    # torch and matplotlib touch the environment by themselves when first imported; they come first.
-    probe = "import torch, numpy, PIL.Image, pydantic, jaxtyping, jinja2, tqdm\n"
+    # torch, OpenCV and matplotlib touch the environment by themselves when first imported; they come first.
+    probe = "import torch, numpy, cv2, PIL.Image, pydantic, jaxtyping, jinja2, tqdm\n"
     probe += "".join(_IMPORT_PROBE.format(module=module) for module in modules())
     run = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -19,7 +19,7 @@ def reader(tmp_path: Path) -> shards.Reader:
         yield reader
 
 
-def load(contents: Sequence[bytes], samples: np.ndarray) -> list[int]:
+def load(contents: Sequence[bytes], samples: np.ndarray, *, epoch: int) -> list[int]:
     assert [int.from_bytes(one, "big") for one in contents] == samples.tolist()
     return samples.tolist()
 
@@ -78,7 +78,7 @@ def test_impossible_batches_are_refused(reader: shards.Reader) -> None:
 
 
 def test_an_error_in_loading_reaches_the_loop(reader: shards.Reader) -> None:
-    def broken(contents: Sequence[bytes], samples: np.ndarray) -> list[int]:
+    def broken(contents: Sequence[bytes], samples: np.ndarray, *, epoch: int) -> list[int]:
         raise OSError("disk gone")
 
     made = stream.Stream(reader, broken, batch_size=BATCH, seed=0, threads=2)

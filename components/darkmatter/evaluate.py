@@ -64,7 +64,7 @@ def evaluate(
     trained, spec, provenance = model.load(model_folder)
     untrained = model.build(spec, seed=provenance["seed"]).to(device)
     trained = trained.to(device)
-    views = training_set.choose_views(spec.views, spec.images.image_size)
+    views = training_set.choose_views(spec.views, spec.images)
     embedders: dict[str, Embed] = {
         "pretrained": lambda pictures, _: embed(trained, pictures, device),
         "untrained": lambda pictures, _: embed(untrained, pictures, device),
@@ -156,7 +156,6 @@ def _energies(
 ) -> dict[str, tuple[Float[np.ndarray, " samples"], Float[np.ndarray, " samples"]]]:
     """Of each test sample: the energy of two of its views, and of one of them with a view of another sample."""
     parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in objectives}
-    load = training_set.batch_loader(spec.images)
     settings = spec.images
     with shards.Reader(folder, manifest, "test") as reader:
         order = permutation(seed, 0, len(reader))  # shuffled: neighbours in a source sorted by class are alike
@@ -167,8 +166,7 @@ def _energies(
                 )
                 for one in map(reader.read, chosen.tolist())
             ]
-            batch = load(prepared, chosen).to(device)
-            first, second, *_ = views(batch, seed=seed, epoch=0)
+            first, second = (view.to(device) for view in views(prepared, chosen, seed=seed, epoch=0)[:2])
             for name, objective in objectives.items():
                 compatible, incompatible = health.pair_energies(objective, first, second)
                 parts[name].append((compatible.float().cpu().numpy(), incompatible.float().cpu().numpy()))

@@ -10,6 +10,7 @@ import warnings
 from typing import Literal
 
 import numpy as np
+import simplejpeg
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
@@ -144,11 +145,16 @@ def encode(pixels: Pixels, *, max_side: int, channels: int, encoding: Literal["p
     return file.getvalue()
 
 
-def decode_own(content: bytes) -> UInt8[np.ndarray, "channels height width"]:
-    """Decodes what `encode` wrote. No defences: the bytes are ours and the shard's sha256 was checked."""
-    with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
-        pixels = np.asarray(image)
-    return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
+def decode_own(content: bytes) -> UInt8[np.ndarray, "height width channels"]:
+    """Decodes what `encode` wrote. No defences: the bytes are ours and the shard's sha256 was checked.
+
+    JPEG by simplejpeg, bit for bit what Pillow gives and in half the time (measured).
+    """
+    if content.startswith(b"\xff\xd8"):
+        space = simplejpeg.decode_jpeg_header(content)[2]
+        return simplejpeg.decode_jpeg(content, colorspace="GRAY" if space == "Gray" else "RGB")
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+        return np.atleast_3d(np.array(image))
 
 
 def fit(pixels: Pixels, *, size: int, channels: int) -> UInt8[np.ndarray, "channels size size"]:

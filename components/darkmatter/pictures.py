@@ -15,15 +15,15 @@ def contact_sheet(originals: Sequence[np.ndarray], views: np.ndarray, path: Path
     """A training image a row, and beside it views of it.
 
     Args:
-        originals: (C, H, W) uint8 each, of any size.
+        originals: (H, W, C) uint8 each, of any size.
         views: (images, views, C, S, S) in [0, 1].
         path: of the PNG.
     """
     rows, columns = len(originals), 1 + views.shape[1]
     with _figure(path, columns, rows + 0.4, grid=(rows, columns)) as axes:
         for row, original in enumerate(originals):
-            for axis, image in zip(axes[row], [original / 255, *views[row]], strict=True):
-                axis.imshow(np.clip(image.transpose(1, 2, 0), 0, 1), cmap="gray", vmin=0, vmax=1)
+            for axis, image in zip(axes[row], [original / 255, *views[row].transpose(0, 2, 3, 1)], strict=True):
+                axis.imshow(np.clip(image, 0, 1), cmap="gray", vmin=0, vmax=1)
                 axis.set_axis_off()
         axes[0][0].figure.suptitle("training image | views of it, two an epoch")
 

@@ -6,7 +6,7 @@ So any number of ranks, loader threads and restarts sees the same samples in the
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -21,6 +21,19 @@ Loaded = TypeVar("Loaded")
 def permutation(seed: int, epoch: int, samples: int) -> Int64[np.ndarray, " samples"]:
     """The order of an epoch (Philox: the same on every platform)."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(samples)
+
+
+def steps_per_epoch(samples: int, batch_size: int, world_size: int) -> int:
+    """How many whole batches there are; the rest of a permutation is left out, another one each epoch.
+
+    Raises:
+        ValueError: the batch cannot be shared out evenly, or is larger than the data.
+    """
+    if batch_size % world_size:
+        raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {world_size} workers")
+    if batch_size > samples:
+        raise ValueError(f"the batch size {batch_size} is over the {samples} training samples; lower it")
+    return samples // batch_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +51,7 @@ class Stream(Generic[Loaded]):
     def __init__(
         self,
         reader: Reader,
-        load: Callable[[Sequence[bytes], Int64[np.ndarray, " batch"]], Loaded],
+        load: Callable[..., Loaded],
         *,
         batch_size: int,
         seed: int,
@@ -49,7 +62,8 @@ class Stream(Generic[Loaded]):
         """
         Args:
             reader: the samples.
-            load: contents and sample numbers to what training wants; runs in several threads at once.
+            load: called with contents, sample numbers and `epoch=`, in several threads at once; makes of them what training
+                wants.
             batch_size: of the global batch.
             seed: of the order.
             rank: which share of each batch to yield.
@@ -57,20 +71,14 @@ class Stream(Generic[Loaded]):
             threads: how many batches are loaded at once.
 
         Raises:
-            ValueError: the batch cannot be shared out evenly, or is larger than the data.
+            ValueError: as `steps_per_epoch`.
         """
-        if batch_size % world_size:
-            raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {world_size} workers")
-        if batch_size > len(reader):
-            raise ValueError(f"the batch size {batch_size} is over the {len(reader)} training samples; lower it")
         self._reader, self._load, self._seed = reader, load, seed
         self._batch_size, self._threads = batch_size, threads
         self._cached: tuple[int, Int64[np.ndarray, " samples"]] = (-1, np.empty(0, np.int64))
         share = batch_size // world_size
         self._share = slice(rank * share, (rank + 1) * share)
-        self.steps_per_epoch = (
-            len(reader) // batch_size
-        )  # the rest of a permutation is left out, another one each epoch
+        self.steps_per_epoch = steps_per_epoch(len(reader), batch_size, world_size)
 
     def samples(self, step: int) -> Int64[np.ndarray, " batch"]:
         """Which samples this rank sees in a step."""
@@ -93,8 +101,9 @@ class Stream(Generic[Loaded]):
                 pool.shutdown(cancel_futures=True)
 
     def _batch(self, step: int, samples: Int64[np.ndarray, " batch"]) -> Batch[Loaded]:
-        loaded = self._load([self._reader.read(index) for index in samples.tolist()], samples)
-        return Batch(step=step, epoch=step // self.steps_per_epoch, loaded=loaded)
+        epoch = step // self.steps_per_epoch
+        loaded = self._load([self._reader.read(index) for index in samples.tolist()], samples, epoch=epoch)
+        return Batch(step=step, epoch=epoch, loaded=loaded)
 
     def _orders(self, epoch: int) -> Int64[np.ndarray, " samples"]:
         if self._cached[0] != epoch:

@@ -1,7 +1,6 @@
 """Labelled shards of original bytes -> the training set: bounded images without labels, their statistics."""
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from jaxtyping import Float, UInt8
 from pydantic import Field
 
 from darkmatter import cluster, files, images, lineage, plugin, shards
-from darkmatter.augmentations import Views, collate
+from darkmatter.augmentations import Views
 from darkmatter.params import Config
 from darkmatter.stream import permutation
 
@@ -121,7 +120,8 @@ def _convert(folder: Path, shard: shards.Shard, config: AugmentConfig, out: Path
         extension = config.encoding.replace("jpeg", "jpg")
         samples.append(shards.Sample(key=sample.key, content=content, extension=extension))
         values = images.decode_own(content) / 255.0  # as training will see them
-        sums += [np.full(config.channels, values[0].size), values.sum((1, 2)), np.square(values).sum((1, 2))]
+        size = values.shape[0] * values.shape[1]
+        sums += [np.full(config.channels, size), values.sum((0, 1)), np.square(values).sum((0, 1))]
     written = shards.write_shard(out / shard.path, samples, split=shard.split)
     return _Part(written, shard.sha256, sums.tolist())
 
@@ -139,27 +139,21 @@ def _image_spec(config: AugmentConfig, sums: Float[np.ndarray, "3 channels"]) ->
     )
 
 
-def choose_views(section: dict[str, Any], spec_size: int) -> Views:
+def choose_views(section: dict[str, Any], spec: ImageSpec | AugmentConfig) -> Views:
     module, options = plugin.choose("augmentations", section, where="augment.views")
-    return module.build(options, image_size=spec_size)
+    return module.build(options, image_size=spec.image_size, max_side=spec.max_side)
 
 
 def look(
     folder: Path, views: Views, *, samples: int = 10, epochs: int = 4, seed: int = 0
-) -> tuple[list[UInt8[np.ndarray, "channels height width"]], Float[np.ndarray, "samples views channels size size"]]:
+) -> tuple[list[UInt8[np.ndarray, "height width channels"]], Float[np.ndarray, "samples views channels size size"]]:
     """Some training images, evenly spread, and their views in the first epochs, for a contact sheet."""
-    manifest, spec = shards.Manifest.load(folder), load_image_spec(folder)
+    manifest = shards.Manifest.load(folder)
     with shards.Reader(folder, manifest, "train") as reader:
         chosen = np.linspace(0, len(reader) - 1, min(samples, len(reader))).astype(np.int64)
         contents = [reader.read(index) for index in chosen]
-    batch = collate(contents, chosen, side=spec.max_side)
-    drawn = [view.numpy() for epoch in range(epochs) for view in views(batch, seed=seed, epoch=epoch)]
+    drawn = [view.numpy() for epoch in range(epochs) for view in views(contents, chosen, seed=seed, epoch=epoch)]
     return [images.decode_own(content) for content in contents], np.stack(drawn, axis=1)
-
-
-def batch_loader(spec: ImageSpec) -> Any:
-    """What a stream over the training set calls to decode: contents, sample numbers -> ImageBatch."""
-    return functools.partial(collate, side=spec.max_side)
 
 
 def held_out(folder: Path, limit: int) -> list[bytes]:

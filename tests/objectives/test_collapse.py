@@ -6,7 +6,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -44,9 +43,8 @@ def train(name: str, digits: str, folder: str, broken: bool) -> Outcome:
     patch = pytest.MonkeyPatch()
     if broken:
         tests.collapse(method, patch)
-    load = training_set.batch_loader(spec.images)
-    contents = training_set.held_out(train_folder, 256)
-    policy = training_set.choose_views(spec.views, 28)
+    policy = training_set.choose_views(spec.views, spec.images)
+    load = functools.partial(policy.prepare, seed=0, whole=method.num_views)
     reason = None
     try:
         with shards.Reader(train_folder, manifest, "train") as reader:
@@ -54,7 +52,7 @@ def train(name: str, digits: str, folder: str, broken: bool) -> Outcome:
                 method,
                 Stream(reader, load, batch_size=BATCH, seed=0),
                 policy,
-                load(contents, np.arange(len(contents))),
+                training_set.held_out(train_folder, 256),
                 config,
                 folder=Path(folder),
                 device=torch.device("cpu"),

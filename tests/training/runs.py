@@ -1,12 +1,12 @@
 """Small real runs on the digits, in this process or in one that will be killed."""
 
+import functools
 import hashlib
 import importlib
 import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from darkmatter import model, shards, training_set
@@ -39,14 +39,14 @@ def run(
     torch.use_deterministic_algorithms(True)
     folder.mkdir(parents=True, exist_ok=True)
     made = spec(train, objective)
-    load = training_set.batch_loader(made.images)
-    contents = training_set.held_out(train, 64)
+    views, objective = training_set.choose_views(made.views, made.images), model.build(made, seed=config.seed)
+    load = functools.partial(views.prepare, seed=config.seed, whole=objective.num_views)
     with shards.Reader(train, shards.Manifest.load(train), "train") as reader:
         return loop.fit(
-            model.build(made, seed=config.seed),
+            objective,
             Stream(reader, load, batch_size=config.batch_size, seed=config.seed, threads=threads),
-            training_set.choose_views(made.views, 28),
-            load(contents, np.arange(len(contents))),
+            views,
+            training_set.held_out(train, 64),
             config,
             folder=folder,
             device=torch.device("cpu"),

@@ -1,6 +1,7 @@
-"""What a view is. One file a policy, chosen by `augment.views.name`; views are made in batches on the device.
+"""What a view is. One file a policy, chosen by `augment.views.name`.
 
-A policy module defines `Config` and `build(config, *, image_size) -> Views`.
+A policy module defines `Config` and `build(config, *, image_size, max_side) -> Views`. Views are made in two halves:
+`prepare` in the threads that read ahead, `finish` in batches on the device; a policy puts its work where it is done best.
 """
 
 import abc
@@ -19,26 +20,18 @@ from darkmatter.params import Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageBatch:
-    """Images of different sizes, each in the top left corner of an equal canvas, and who they are."""
+class Prepared:
+    """A batch between the two halves, and who is in it."""
 
-    pixels: UInt8[Tensor, "batch channels side side"]
-    sizes: Int64[Tensor, "batch 2"]  # height, width
+    pixels: tuple[UInt8[Tensor, "batch channels _ _"], ...]
+    sizes: Int64[Tensor, "batch 2"]  # height, width of each image
     samples: Int64[Tensor, " batch"]  # number of each sample in its split
 
-    def to(self, device: torch.device) -> "ImageBatch":
-        fields = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
-        return ImageBatch(**fields)
+    def to(self, device: torch.device) -> "Prepared":
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
 
-
-def collate(contents: Sequence[bytes], samples: Int64[np.ndarray, " batch"], *, side: int) -> ImageBatch:
-    """Decodes training images, none longer than `side`, into one batch."""
-    arrays = [images.decode_own(content) for content in contents]
-    pixels = np.zeros((len(arrays), arrays[0].shape[0], side, side), np.uint8)
-    for row, array in zip(pixels, arrays, strict=True):
-        row[:, : array.shape[1], : array.shape[2]] = array
-    sizes = np.array([array.shape[1:] for array in arrays], np.int64)
-    return ImageBatch(pixels=torch.from_numpy(pixels), sizes=torch.from_numpy(sizes), samples=torch.from_numpy(samples))
+        return Prepared(pixels=tuple(map(move, self.pixels)), sizes=move(self.sizes), samples=move(self.samples))
 
 
 class ViewsConfig(Config):
@@ -52,6 +45,19 @@ class ViewsConfig(Config):
     """Smallest area of its cut relative to the image; the largest is the smallest of a whole view."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class View:
+    """One of the views of an image: 0, 1, ... the whole ones, then, from 2 on, the smaller ones.
+
+    The smaller ones' numbers start at 2 however many came before, so that a method with one whole view sees the same ones.
+    """
+
+    number: int
+    local: bool
+    size: int
+    """Its side, in pixels."""
+
+
 class Views(abc.ABC):
     """A policy. The randomness of a view is a function of (seed, epoch, sample, number of the view) and nothing else."""
 
@@ -60,20 +66,39 @@ class Views(abc.ABC):
         self._sizes = image_size, round(image_size * config.local_scale)
 
     def __call__(
-        self, batch: ImageBatch, *, seed: int, epoch: int, whole: int = 2
+        self, contents: Sequence[bytes], samples: Int64[np.ndarray, " batch"], *, seed: int, epoch: int, whole: int = 2
     ) -> tuple[Float[Tensor, "batch channels _ _"], ...]:
-        """Views of each image, pixels in [0, 1]: `whole` of full size, then the smaller ones that the policy has."""
+        """Both halves, here: `whole` views of full size of each image, then the smaller ones that the policy has."""
+        prepared = self.prepare(contents, samples, seed=seed, epoch=epoch, whole=whole)
+        return self.finish(prepared, seed=seed, epoch=epoch, whole=whole)
 
-        def view(number: int, *, local: bool) -> Tensor:
-            draws = Draws.of(seed=seed, epoch=epoch, samples=batch.samples, view=number)
-            return self.view(batch, draws, size=self._sizes[local], local=local)
-
-        views = [view(number, local=False) for number in range(whole)]
-        # Their numbers start at 2 however many came before, so that a method with one whole view sees the same ones.
-        return (*views, *(view(2 + number, local=True) for number in range(self.num_local_views)))
+    def plan(self, whole: int) -> list[View]:
+        """The views of each image, in their order."""
+        size, small = self._sizes
+        return [
+            *(View(number=number, local=False, size=size) for number in range(whole)),
+            *(View(number=2 + number, local=True, size=small) for number in range(self.num_local_views)),
+        ]
 
     @abc.abstractmethod
-    def view(
-        self, batch: ImageBatch, draws: Draws, *, size: int, local: bool
-    ) -> Float[Tensor, "batch channels {size} {size}"]:
-        """A view of each image, `size` pixels a side, from the random numbers of `draws` alone."""
+    def prepare(
+        self, contents: Sequence[bytes], samples: Int64[np.ndarray, " batch"], *, seed: int, epoch: int, whole: int
+    ) -> Prepared:
+        """The half that threads do, several batches at once: training images, as `augment` wrote them, to pixels."""
+
+    @abc.abstractmethod
+    def finish(
+        self, prepared: Prepared, *, seed: int, epoch: int, whole: int
+    ) -> tuple[Float[Tensor, "batch channels _ _"], ...]:
+        """The half that the device does: a batch of pixels in [0, 1] for each view of the plan."""
+
+
+def collate(contents: Sequence[bytes], samples: Int64[np.ndarray, " batch"], *, side: int) -> Prepared:
+    """Decodes training images, none longer than `side`, each into the top left corner of an equal canvas."""
+    arrays = [images.decode_own(content) for content in contents]
+    pixels = np.zeros((len(arrays), side, side, arrays[0].shape[2]), np.uint8)
+    for row, array in zip(pixels, arrays, strict=True):
+        row[: array.shape[0], : array.shape[1]] = array
+    sizes = np.array([array.shape[:2] for array in arrays], np.int64)
+    canvas = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return Prepared(pixels=(canvas,), sizes=torch.from_numpy(sizes), samples=torch.from_numpy(samples))

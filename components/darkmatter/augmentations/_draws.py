@@ -42,14 +42,15 @@ class Draws:
             keys = _mix(keys * _GOLDEN + _signed(part * 0x9E3779B97F4A7C15 % 2**64) + 1)
         return cls(keys)
 
-    def _bits(self) -> Int64[Tensor, " batch"]:
-        self._count += 1
-        return _mix(self._keys + _signed(self._count * 0x9E3779B97F4A7C15 % 2**64))
+    def units(self, count: int) -> Float[Tensor, "batch {count}"]:
+        """The next `count` numbers of every stream, float32 in [0, 1)."""
+        steps = torch.arange(self._count + 1, self._count + 1 + count, device=self._keys.device)
+        self._count += count
+        return _shift(_mix(self._keys[:, None] + steps * _GOLDEN), 40).to(torch.float32) * 2.0**-24
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> Float[Tensor, " batch"]:
         """float32 in [low, high)."""
-        unit = _shift(self._bits(), 40).to(torch.float32) * 2.0**-24
-        return low + (high - low) * unit
+        return low + (high - low) * self.units(1)[:, 0]
 
     def chance(self, probability: float) -> Bool[Tensor, " batch"]:
         return self.uniform() < probability

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from darkmatter.augmentations import ImageBatch
+from darkmatter.augmentations import Prepared
 
 
 def affine(
@@ -31,25 +31,26 @@ def affine(
 
 
 def warp(
-    batch: ImageBatch, matrix: Float[Tensor, "batch 2 3"], size: int, *, offsets: Tensor | None = None
+    batch: Prepared, matrix: Float[Tensor, "batch 2 3"], size: int, *, offsets: Tensor | None = None
 ) -> Float[Tensor, "batch channels size size"]:
     """Samples the images at the mapped places of a size x size view; beyond its border an image repeats its edge.
 
     Where images are larger than the view, twice as many points are taken each way and averaged (against aliasing).
 
     Args:
-        batch: the images.
+        batch: the images, each in the top left corner of one canvas.
         matrix: from `affine`.
         size: of the view, in pixels.
         offsets: (batch, size, size, 2), added to the places, in the same coordinates; for elastic deformations.
     """
-    side = batch.pixels.shape[-1]
+    (canvas,) = batch.pixels
+    side = canvas.shape[-1]
     finer = 2 if side > size else 1
     grid = F.affine_grid(matrix, [len(matrix), 1, size * finer, size * finer], align_corners=False)
     if offsets is not None:
         grid = grid + offsets.repeat_interleave(finer, 1).repeat_interleave(finer, 2)
     extent = batch.sizes.flip(1)[:, None, None, :].to(grid.dtype)  # width, height
     place = ((grid + 1) / 2 * extent).clamp(min=0.5).minimum(extent - 0.5)  # in pixels of the canvas
-    pixels = batch.pixels.to(grid.dtype) / 255
+    pixels = canvas.to(grid.dtype) / 255
     views = F.grid_sample(pixels, place / side * 2 - 1, mode="bilinear", padding_mode="border", align_corners=False)
     return F.avg_pool2d(views, finer) if finer > 1 else views

@@ -5,14 +5,16 @@ it was above them (measured, DECISIONS.md).
 """
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
-from darkmatter.augmentations import Draws, ImageBatch, Views, ViewsConfig
+from darkmatter.augmentations import Draws, Prepared, Views, ViewsConfig, collate
 from darkmatter.augmentations._geometry import affine, warp
 
 
@@ -32,12 +34,30 @@ class Config(ViewsConfig):
 
 
 class Glyphs(Views):
-    def __init__(self, config: Config, image_size: int) -> None:
+    def __init__(self, config: Config, image_size: int, max_side: int) -> None:
         super().__init__(config, image_size)
-        self.config = config
+        self.config, self._max_side = config, max_side
 
-    def view(
-        self, batch: ImageBatch, draws: Draws, *, size: int, local: bool
+    def prepare(
+        self, contents: Sequence[bytes], samples: Int64[np.ndarray, " batch"], *, seed: int, epoch: int, whole: int
+    ) -> Prepared:
+        return collate(contents, samples, side=self._max_side)
+
+    def finish(
+        self, prepared: Prepared, *, seed: int, epoch: int, whole: int
+    ) -> tuple[Float[Tensor, "batch channels _ _"], ...]:
+        return tuple(
+            self._view(
+                prepared,
+                Draws.of(seed=seed, epoch=epoch, samples=prepared.samples, view=view.number),
+                size=view.size,
+                local=view.local,
+            )
+            for view in self.plan(whole)
+        )
+
+    def _view(
+        self, batch: Prepared, draws: Draws, *, size: int, local: bool
     ) -> Float[Tensor, "batch channels {size} {size}"]:
         config = self.config
         spread = -math.log(config.min_area) / 2  # of the logarithm of a length
@@ -63,5 +83,5 @@ class Glyphs(Views):
         return smooth.permute(0, 2, 3, 1) * self.config.bend  # (B, S, S, 2)
 
 
-def build(config: Config, *, image_size: int) -> Glyphs:
-    return Glyphs(config, image_size)
+def build(config: Config, *, image_size: int, max_side: int) -> Glyphs:
+    return Glyphs(config, image_size, max_side)

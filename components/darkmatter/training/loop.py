@@ -4,15 +4,16 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from darkmatter import collectives, health
-from darkmatter.augmentations import ImageBatch, Views
+from darkmatter.augmentations import Prepared, Views
 from darkmatter.objectives import Objective
 from darkmatter.stream import Stream
 from darkmatter.training import PretrainConfig, checkpoint
@@ -52,9 +53,9 @@ class TrainState:
 
 def fit(
     objective: Objective,
-    stream: Stream[ImageBatch],
+    stream: Stream[Prepared],
     views: Views,
-    held_out: ImageBatch,
+    held_out: Sequence[bytes],
     config: PretrainConfig,
     *,
     folder: Path,
@@ -64,9 +65,9 @@ def fit(
 
     Args:
         objective: fresh; its weights are overwritten when there is a checkpoint.
-        stream: this rank's share of every batch.
+        stream: this rank's share of every batch, prepared by `views`.
         views: the policy.
-        held_out: samples for the health, not trained on.
+        held_out: images for the health, not trained on.
         config: rates and intervals.
         folder: of checkpoints and history, the same for all ranks.
         device: to train on.
@@ -82,7 +83,8 @@ def fit(
     if (saved := checkpoint.load_newest(folder)) is not None:
         state.load_state_dict(saved)
     model = distributed(objective, device)
-    first, second, *_ = views(held_out.to(device), seed=config.seed, epoch=-1)
+    drawn = views(held_out, np.arange(len(held_out)), seed=config.seed, epoch=-1)
+    first, second = (view.to(device) for view in drawn[:2])
     history = checkpoint.History(folder, step=state.step) if collectives.rank() == 0 else None
     meter = _Meter(config.batch_size, state.step)
 
@@ -92,7 +94,7 @@ def fit(
         )
         torch.manual_seed(config.seed + state.step)  # what an objective draws is a function of the step as well
         loaded = batch.loaded.to(device)
-        images = views(loaded, seed=config.seed, epoch=batch.epoch, whole=objective.num_views)
+        images = views.finish(loaded, seed=config.seed, epoch=batch.epoch, whole=objective.num_views)
         with autocast(device), collectives.global_batch_norm():
             terms = model(images, loaded.samples)
         terms["loss"].backward()

@@ -1,6 +1,7 @@
 """The stage: a training set -> a model folder, through N workers that may die."""
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -11,8 +12,7 @@ import numpy as np
 import torch
 
 from darkmatter import cluster, collectives, files, health, lineage, model, plugin, shards, training_set
-from darkmatter.augmentations import ImageBatch
-from darkmatter.stream import Stream
+from darkmatter.stream import Stream, steps_per_epoch
 from darkmatter.training import PretrainConfig, checkpoint, loop
 
 _STOPPED = "stopped.txt"  # in the folder of checkpoints: why the run ended itself
@@ -50,9 +50,7 @@ def pretrain(
     """
     manifest = shards.Manifest.load(train_folder)
     manifest.verify(train_folder)
-    with shards.Reader(train_folder, manifest, "train") as reader:  # what cannot be shared out is refused here
-        whole = _stream(reader, spec, config, rank=0, world_size=place.workers, threads=1)
-    steps = config.epochs * whole.steps_per_epoch
+    steps = config.epochs * steps_per_epoch(manifest.samples("train"), config.batch_size, place.workers)
     fingerprint = run_fingerprint(manifest, spec, config)
     folder = Path(place.storage).resolve() / f"pretrain-{fingerprint}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,32 +88,31 @@ def work(job: dict[str, Any], device: torch.device) -> None:
     config = PretrainConfig(**job["config"])
     spec = model.ModelSpec(**job["spec"])
     train_folder = Path(job["train_folder"])
-    views = training_set.choose_views(spec.views, spec.images.image_size)
-    contents = training_set.held_out(train_folder, _HELD_OUT)
+    views = training_set.choose_views(spec.views, spec.images)
+    objective = model.build(spec, seed=config.seed)
     with shards.Reader(train_folder, shards.Manifest.load(train_folder), "train") as reader:
-        rank, world_size = collectives.rank(), collectives.world_size()
-        stream = _stream(reader, spec, config, rank=rank, world_size=world_size, threads=job["threads"])
+        stream = Stream(
+            reader,
+            functools.partial(views.prepare, seed=config.seed, whole=objective.num_views),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rank=collectives.rank(),
+            world_size=collectives.world_size(),
+            threads=job["threads"],
+        )
         try:
             loop.fit(
-                model.build(spec, seed=config.seed),
+                objective,
                 stream,
                 views,
-                training_set.batch_loader(spec.images)(contents, np.arange(len(contents))),
+                training_set.held_out(train_folder, _HELD_OUT),
                 config,
                 folder=Path(job["folder"]),
                 device=device,
             )
         except health.Collapsed as reason:  # an answer, not a fault: nothing to restart
-            if rank == 0:
+            if collectives.rank() == 0:
                 files.write(Path(job["folder"]) / _STOPPED, str(reason))
-
-
-def _stream(
-    reader: shards.Reader, spec: model.ModelSpec, config: PretrainConfig, *, rank: int, world_size: int, threads: int
-) -> Stream[ImageBatch]:
-    load = training_set.batch_loader(spec.images)
-    share = {"rank": rank, "world_size": world_size, "threads": threads}
-    return Stream(reader, load, batch_size=config.batch_size, seed=config.seed, **share)
 
 
 def run_fingerprint(manifest: shards.Manifest, spec: model.ModelSpec, config: PretrainConfig) -> str:
