@@ -14,6 +14,7 @@ import io
 import os
 import platform
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -46,13 +47,13 @@ POLICIES = {"2 views (SimCLR)": SIMCLR, "2 + 8 views (DINO)": DINO}
 class PillowBlur:
     """What the code of MoCo and DINO uses."""
 
-    def __init__(self, chance: float) -> None:
-        self.chance = chance
+    def __init__(self, chance: float, least: float = 0.1, most: float = 2.0) -> None:
+        self.chance, self.sigma = chance, (least, most)
 
     def __call__(self, image: Image.Image) -> Image.Image:
         if random.random() >= self.chance:
             return image
-        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(*self.sigma)))
 
 
 def usual(jitter: Sequence[float], size: int, scale: tuple[float, float], blur: float, solarize: float) -> v2.Compose:
@@ -312,6 +313,22 @@ def threads_section(work: Path, repeat: int) -> list[str]:
     return ["## Two threads", "", about, "", *lines, ""]
 
 
+_HEAD = """# Performance
+
+Measured, never promised: absolute figures belong to the machine of the day, ratios were taken in one run.
+
+"""
+
+
+def replace_section(page: Path, title: str, lines: Sequence[str]) -> None:
+    """Puts a section in place of the one with its title, or at the end."""
+    parts = re.split(r"^(?=## )", page.read_text(), flags=re.MULTILINE) if page.is_file() else [_HEAD]
+    section = "\n".join([title, "", *lines]).rstrip() + "\n\n"
+    places = [number for number, part in enumerate(parts) if part.startswith(title + "\n")] or [len(parts)]
+    parts[places[0] : places[0] + 1] = [section]
+    files.write(page, "".join(part.rstrip() + "\n\n" for part in parts).rstrip() + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photographs", type=Path, help="folder of large JPEGs; else scikit-learn's two")
@@ -321,21 +338,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, cluster.session():
         work = Path(name)
         contents = cut_photographs(arguments.photographs, work / "photographs")
-        lines = [
-            *views_section(contents, work / "photographs", work, arguments.rounds),
-            *threads_section(work, arguments.rounds),
-            *reading_section(work, arguments.rounds),
-            *packing_section(work, arguments.rounds),
+        sections = [
+            views_section(contents, work / "photographs", work, arguments.rounds),
+            threads_section(work, arguments.rounds),
+            reading_section(work, arguments.rounds),
+            packing_section(work, arguments.rounds),
         ]
-    head = [
-        "# Performance",
-        "",
-        "Measured, never promised: absolute figures belong to the machine of the day, ratios were taken in one run.",
-        f"`make bench`, {datetime.date.today()}, {platform.machine()}, one core and one thread a method, no GPU, torch "
-        f"{torch.__version__}; medians of {arguments.rounds} interleaved rounds.",
-        "",
-    ]
-    files.write(PAGE, "\n".join([*head, *lines]).rstrip() + "\n")
+    how = (
+        f"`make bench`, {datetime.date.today()}, {platform.machine()}, torch {torch.__version__}, no GPU; one core and one "
+        f"thread a method, medians of {arguments.rounds} interleaved rounds."
+    )
+    for title, _, *lines in sections:
+        replace_section(PAGE, title, [how, "", *lines])
 
 
 if __name__ == "__main__":

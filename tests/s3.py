@@ -43,10 +43,13 @@ def server(folder: Path) -> Iterator[int]:
 
 
 class Line:
-    """Forwards connections to a port. `faults` of the next ones: "cut" after some bytes of the answer, "stall", "refuse"."""
+    """Forwards connections to a port. `faults` of the next requests: "cut" after some bytes of the answer, "stall",
+    "refuse", or "flip" one bit of it."""
 
     def __init__(self, port: int) -> None:
         self.faults: list[str] = []
+        self.flipped = 0
+        self._fault = ""
         self.connections = 0
         self._target = port
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -68,7 +71,8 @@ class Line:
         with client, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._target)) as server:
             threading.Thread(target=self._answers, args=(server, client), daemon=True).start()
             while request := client.recv(1 << 16):
-                self._fault = self.faults.pop(0) if self.faults else ""
+                if self._fault != "flip":  # which waits for an answer that is long enough
+                    self._fault = self.faults.pop(0) if self.faults else ""
                 if self._fault == "refuse":
                     return
                 server.sendall(request)
@@ -80,6 +84,10 @@ class Line:
                     client.sendall(answer[: len(answer) // 2])
                     client.shutdown(socket.SHUT_RDWR)
                     return
+                if self._fault == "flip" and len(answer) > 1000:  # in the body
+                    answer = answer[:-1] + bytes([answer[-1] ^ 1])
+                    self._fault = ""
+                    self.flipped += 1
                 if self._fault == "stall":
                     client.sendall(answer[: len(answer) // 2])
                     time.sleep(5)

@@ -32,6 +32,13 @@ class PlaceConfig(Config):
     """Give each worker a GPU."""
     storage: str
     """Folder of checkpoints, shared by all nodes. Outside DVC: an interrupted run finds its own by fingerprint."""
+    data: str
+    """Address (s3://bucket/folder) that training data is sent to and streamed from, for workers that do not share this
+    folder; empty: they read data/train."""
+    cache: str
+    """Folder on each machine for the shards that come from there."""
+    cache_gibibytes: float = Field(gt=0)
+    """Its largest size."""
     mlflow: str
     """Tracking URI of the registry; the environment variable MLFLOW_TRACKING_URI wins over it."""
     max_restarts: int = Field(ge=0)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import tenacity
 
+from darkmatter import files
 from darkmatter.console import Stopped
 
 Answer = TypeVar("Answer")
@@ -78,6 +79,22 @@ def read(address: str, *, limit: int, start: int = 0, size: int | None = None, i
     if is_remote(address):
         return _retried(lambda: _read_remote(address, limit, start, size), address)
     return _read_local(Path(address), limit, start, size, inside)
+
+
+def write(address: str, content: bytes) -> None:
+    """A file with this content, whole or not at all.
+
+    Raises:
+        Unreadable: as `read`.
+    """
+    if not is_remote(address):
+        try:
+            files.write(address, content)
+        except OSError as error:
+            raise _named(error, address) from error
+        return
+    filesystem, path = _filesystem(address)
+    _retried(lambda: filesystem.pipe_file(path, content), address)
 
 
 def listing(address: str) -> Iterator[Entry]:
@@ -153,10 +170,11 @@ def _read_local(path: Path, limit: int, start: int, size: int | None, inside: Pa
             found = os.fstat(handle)
             if not stat.S_ISREG(found.st_mode):
                 raise Unreadable("not-a-file", f"{path} is a {_kind(found.st_mode)}")
-            wanted = limit + 1 if size is None else size
             with os.fdopen(handle, "rb", closefd=False) as file:
                 file.seek(start)
-                content = file.read(wanted)  # whatever fstat says: a file may grow while it is read
+                content = file.read(min(limit, found.st_size) + 1 if size is None else size)
+                if size is None and found.st_size < len(content) <= limit:  # it grows while it is read
+                    content += file.read(limit + 1 - len(content))
         finally:
             os.close(handle)
     except Unreadable:

@@ -4,12 +4,13 @@ The tars are plain USTAR (any WebDataset reader opens them). The index gives ran
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,6 +41,11 @@ class Shard:
     def index_path(self) -> str:
         return self.path.removesuffix(".tar") + ".index.npy"
 
+    @property
+    def files(self) -> dict[str, str]:
+        """Its files and their sha256."""
+        return {self.path: self.sha256, self.index_path: self.index_sha256}
+
     def index(self, folder: Path) -> np.ndarray:
         """Its rows, in the order of the tar; read only where they are looked at."""
         return np.load(folder / self.index_path, mmap_mode="r", allow_pickle=False)
@@ -69,29 +75,36 @@ class Manifest:
     def samples_by_split(self, splits: Iterable[Split] = get_args(Split)) -> dict[str, int]:
         return {split: self.samples(split) for split in splits}
 
+    def tree(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"format": _FORMAT, "digest": self.digest, **dataclasses.asdict(self)}
+
+    @classmethod
+    def of_tree(cls, tree: Mapping[str, Any]) -> "Manifest":
+        """Raises ValueError when it has another format."""
+        if tree["format"] != _FORMAT:
+            raise ValueError(f"the manifest has format {tree['format']}; this version reads {_FORMAT}")
+        return cls(classes=tree["classes"], shards=[Shard(**shard) for shard in tree["shards"]], made=tree["made"])
+
     def save(self, folder: Path) -> None:
-        tree = {"format": _FORMAT, "digest": self.digest, **dataclasses.asdict(self)}
-        files.write_json(folder / "manifest.json", tree)
+        files.write_json(folder / "manifest.json", self.tree())
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
         """Raises ValueError when the manifest has another format or the shards do not have the sizes it names."""
-        tree = json.loads((folder / "manifest.json").read_text())
-        if tree["format"] != _FORMAT:
-            raise ValueError(
-                f"{folder}/manifest.json has format {tree['format']}; this version reads {_FORMAT}. Remove {folder} and "
-                "make it again with `dvc repro`"
-            )
-        shards = [Shard(**shard) for shard in tree["shards"]]
-        for shard in shards:
+        try:
+            manifest = cls.of_tree(json.loads((folder / "manifest.json").read_text()))
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}. Remove it and make it again with `dvc repro`") from error
+        for shard in manifest.shards:
             if not (folder / shard.path).is_file() or (folder / shard.path).stat().st_size != shard.bytes:
                 raise ValueError(f"{folder / shard.path} is missing or not {shard.bytes} bytes long; run ingest again")
-        return cls(classes=tree["classes"], shards=shards, made=tree["made"])
+        return manifest
 
     def verify(self, folder: Path) -> None:
         """Reads every byte. Raises ValueError naming the first file that is not what was written."""
         for shard in self.shards:
-            for path, expected in ((shard.path, shard.sha256), (shard.index_path, shard.index_sha256)):
+            for path, expected in shard.files.items():
                 if files.sha256(folder / path) != expected:
                     raise ValueError(f"{folder / path} is damaged: its sha256 is not the manifest's; run ingest again")
 
@@ -199,15 +212,30 @@ def read_shard(folder: Path, shard: Shard) -> Iterator[Sample]:
             )
 
 
+Find = Callable[[str, str], Path]
+"""Name and sha256 of a file of a manifest to where it lies on this machine."""
+
+_OPEN_SHARDS = 256  # by far under the 1,024 files that a process may open on most systems
+
+
 class Reader:
     """Random access to the samples of one split, in the manifest's order. Safe to use from several threads."""
 
-    def __init__(self, folder: Path, manifest: Manifest, split: Split) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, manifest: Manifest, split: Split, *, find: Find | None = None) -> None:
+        """
+        Args:
+            folder: of the manifest.
+            manifest: of all splits.
+            split: whose samples to read.
+            find: where the files are, if not in the folder; asked when one is first needed, from several threads.
+        """
+        self._find = find or (lambda name, _: folder / name)
         self._shards: Sequence[Shard] = [shard for shard in manifest.shards if shard.split == split]
-        self._files = [os.open(folder / shard.path, os.O_RDONLY) for shard in self._shards]
-        self._starts = np.cumsum([0, *(shard.samples for shard in self._shards)])
-        tables = [shard.index(folder) for shard in self._shards]
+        self.sizes = [shard.samples for shard in self._shards]
+        """Of each shard, in samples."""
+        self._starts = np.cumsum([0, *self.sizes])
+        self._opened = functools.lru_cache(_OPEN_SHARDS)(self._open)
+        tables = [self._table(shard) for shard in self._shards]
         empty = np.empty(0, _ROW)
         self._offsets = np.concatenate([table["offset"] for table in (*tables, empty)])
         self._sizes = np.concatenate([table["size"] for table in (*tables, empty)])
@@ -221,19 +249,44 @@ class Reader:
 
     @property
     def keys(self) -> list[str]:
-        return [key for shard in self._shards for key in shard.keys(self._folder)]
+        return [key.decode() for shard in self._shards for key in self._table(shard)["key"].tolist()]
 
     def read(self, index: int) -> bytes:
-        file = self._files[int(np.searchsorted(self._starts, index, side="right")) - 1]
-        return os.pread(file, int(self._sizes[index]), int(self._offsets[index]))
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        size, opened = int(self._sizes[index]), self._opened(shard)  # held until it is read
+        content = os.pread(opened.handle, size, int(self._offsets[index]))
+        if len(content) != size:
+            raise ValueError(f"{self._shards[shard].path} ends before its sample {index}; run ingest again")
+        return content
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Says which shards will be read soon. Of use where they have to be fetched: see `store.Reader`."""
 
     def close(self) -> None:
-        for file in self._files:
-            os.close(file)
-        self._files = []
+        self._opened.cache_clear()
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+    def _table(self, shard: Shard) -> np.ndarray:
+        return np.load(self._find(shard.index_path, shard.index_sha256), mmap_mode="r", allow_pickle=False)
+
+    def _path(self, shard: int) -> Path:
+        return self._find(self._shards[shard].path, self._shards[shard].sha256)
+
+    def _open(self, shard: int) -> "_Open":
+        return _Open(self._path(shard))
+
+
+class _Open:
+    """An open file, closed when nobody has it any more: a thread may still read what another one lets go."""
+
+    def __init__(self, path: Path) -> None:
+        self.handle = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            os.close(self.handle)

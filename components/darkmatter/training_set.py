@@ -157,9 +157,18 @@ def look(
 
 
 def held_out(folder: Path, limit: int) -> list[bytes]:
-    """At most `limit` samples of the validation split (of the training split where there is no other), shuffled: in a
-    source sorted by class, neighbours would be alike and the energy margin too hard."""
+    """At most `limit` samples of the split for it, shuffled."""
     manifest = shards.Manifest.load(folder)
-    split: shards.Split = "val" if manifest.samples("val") else "train"
-    with shards.Reader(folder, manifest, split) as reader:
-        return [reader.read(index) for index in permutation(0, 0, len(reader))[:limit].tolist()]
+    with shards.Reader(folder, manifest, held_out_split(manifest)) as reader:
+        return shuffled(reader, limit)
+
+
+def held_out_split(manifest: shards.Manifest) -> shards.Split:
+    """The validation split, or the training split where there is no other."""
+    return "val" if manifest.samples("val") else "train"
+
+
+def shuffled(reader: shards.Reader, limit: int) -> list[bytes]:
+    """At most `limit` samples, in no order: in a source sorted by class neighbours would be alike, and the energy margin
+    too hard."""
+    return [reader.read(index) for index in permutation(0, 0, len(reader))[:limit].tolist()]

@@ -36,7 +36,8 @@ def train(name: str, digits: str, folder: str, broken: bool) -> Outcome:
         num_samples=manifest.samples("train"),
     )
     config = PretrainConfig(
-        seed=0, epochs=STEPS // (manifest.samples("train") // BATCH), batch_size=BATCH, learning_rate=0.004,
+        seed=0, epochs=STEPS // (manifest.samples("train") // BATCH), batch_size=BATCH,
+        shuffle_shards=0, learning_rate=0.004,
         warmup_epochs=1, weight_decay=0.05, log_every=30, save_every=1000, health_every=9, min_energy_margin=0.8,
     )  # fmt: skip
     method = model.build(spec, seed=0)

@@ -14,7 +14,7 @@ from darkmatter.stream import Stream
 from darkmatter.training import PretrainConfig, loop
 
 CONFIG = PretrainConfig(
-    seed=0, epochs=8, batch_size=32, learning_rate=0.004, warmup_epochs=1, weight_decay=0.05,
+    seed=0, epochs=8, batch_size=32, shuffle_shards=0, learning_rate=0.004, warmup_epochs=1, weight_decay=0.05,
     log_every=1, save_every=7, health_every=10, min_energy_margin=0.0,
 )  # fmt: skip
 

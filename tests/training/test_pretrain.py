@@ -19,17 +19,17 @@ from darkmatter.training import checkpoint, pretrain
 CONFIG = runs.CONFIG.model_copy(update={"epochs": 12, "save_every": 10, "health_every": 60})
 
 
-def place(storage: Path) -> PlaceConfig:
-    return PlaceConfig(
-        workers=2, cpus_per_worker=1, gpu=False, storage=str(storage), mlflow="sqlite:///unused.db", max_restarts=2
-    )
+def place(storage: Path, **changes: object) -> PlaceConfig:
+    values = {
+        "workers": 2, "cpus_per_worker": 1, "gpu": False, "storage": str(storage), "data": "", "max_restarts": 2,
+        "cache": str(storage / "cache"), "cache_gibibytes": 1.0, "mlflow": "sqlite:///unused.db",
+    }  # fmt: skip
+    return PlaceConfig(**{**values, **changes})
 
 
-def run(digits: Path, folder: Path) -> dict:
-    spec = runs.spec(digits / "train", "simclr")
-    return pretrain.pretrain(
-        digits / "train", spec, CONFIG, place(folder / "storage"), out=folder / "model", history=folder / "history.csv"
-    )
+def run(digits: Path, folder: Path, **where: object) -> dict:
+    spec, here = runs.spec(digits / "train", "simclr"), place(folder / "storage", **where)
+    return pretrain.pretrain(digits / "train", spec, CONFIG, here, out=folder / "model", history=folder / "history.csv")
 
 
 def kill_a_worker_after(storage: Path, step: int, killed: list[int]) -> None:
@@ -47,7 +47,10 @@ def kill_a_worker_after(storage: Path, step: int, killed: list[int]) -> None:
 
 
 def test_a_killed_worker_costs_nothing_but_time(digits: Path, tmp_path: Path, ray_session: None) -> None:
-    reference = run(digits, tmp_path / "whole")
+    """Nor does it matter where data comes from: the run that is not killed streams it."""
+    reference = run(digits, tmp_path / "whole", data=str(tmp_path / "sent"))
+    cached = {path.stem for path in (tmp_path / "whole" / "storage" / "cache").glob("*.tar")}
+    assert cached == {shard.sha256 for shard in shards.Manifest.load(digits / "train").shards}
     killed: list[int] = []
     watcher = threading.Thread(
         target=kill_a_worker_after, args=(tmp_path / "killed" / "storage", 25, killed), daemon=True

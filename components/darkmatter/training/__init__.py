@@ -14,6 +14,9 @@ class PretrainConfig(Config):
     """Passes over the training split."""
     batch_size: int = Field(gt=1)
     """Of the global batch, shared by all workers."""
+    shuffle_shards: int = Field(ge=0)
+    """0: the samples of an epoch in one permutation. Else so many shards are mixed at a time, for data that the cache of a
+    machine (place.data) cannot hold; results depend on it."""
     learning_rate: float = Field(gt=0)
     """The highest; reached after the warm-up, it falls to 0 along a cosine."""
     warmup_epochs: int = Field(ge=0)

@@ -1,6 +1,7 @@
 """The stage: a training set -> a model folder, through N workers that may die."""
 
 import contextlib
+import dataclasses
 import functools
 import threading
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from darkmatter import cluster, collectives, files, health, lineage, model, plugin, shards, training_set
+from darkmatter.store import Store
 from darkmatter.stream import Stream, steps_per_epoch
 from darkmatter.training import PretrainConfig, checkpoint, loop
 
@@ -43,6 +45,7 @@ def pretrain(
 
     Raises:
         ValueError: damaged data, or a batch that the workers cannot share or the data cannot fill.
+        Unreadable: the data cannot be sent to or read from `place.data`.
         Collapsed: the run stopped itself, now or before; the same code, params and data would do so again.
 
     Returns:
@@ -59,8 +62,18 @@ def pretrain(
     if (before := checkpoint.load_newest(folder)) is not None:
         print(f"going on from step {before['step']}, the last checkpoint in {folder}", flush=True)
 
+    data = _Data(
+        folder=str(train_folder.resolve()),
+        digest=manifest.digest,
+        address=place.data,
+        cache=str(Path(place.cache).resolve()),
+        budget=int(place.cache_gibibytes * 2**30),
+    )
+    if place.data:
+        data.store().check_budget(manifest, "train", window=config.shuffle_shards)
+        data.store().publish(train_folder, manifest)
     job = {
-        "train_folder": str(train_folder.resolve()),
+        "data": dataclasses.asdict(data),
         "spec": spec.model_dump(),
         "config": config.model_dump(),
         "folder": str(folder),
@@ -87,15 +100,19 @@ def work(job: dict[str, Any], device: torch.device) -> None:
     """What each worker runs: builds everything from plain values and trains."""
     config = PretrainConfig(**job["config"])
     spec = model.ModelSpec(**job["spec"])
-    train_folder = Path(job["train_folder"])
     views = training_set.choose_views(spec.views, spec.images)
     objective = model.build(spec, seed=config.seed)
-    with shards.Reader(train_folder, shards.Manifest.load(train_folder), "train") as reader:
+    data = _Data(**job["data"])
+    manifest = data.manifest()
+    with data.reader(manifest, training_set.held_out_split(manifest), config) as reader:
+        held_out = training_set.shuffled(reader, _HELD_OUT)
+    with data.reader(manifest, "train", config) as reader:
         stream = Stream(
             reader,
             functools.partial(views.prepare, seed=config.seed, whole=objective.num_views),
             batch_size=config.batch_size,
             seed=config.seed,
+            window=config.shuffle_shards,
             rank=collectives.rank(),
             world_size=collectives.world_size(),
             threads=job["threads"],
@@ -105,7 +122,7 @@ def work(job: dict[str, Any], device: torch.device) -> None:
                 objective,
                 stream,
                 views,
-                training_set.held_out(train_folder, _HELD_OUT),
+                held_out,
                 config,
                 folder=Path(job["folder"]),
                 device=device,
@@ -113,6 +130,28 @@ def work(job: dict[str, Any], device: torch.device) -> None:
         except health.Collapsed as reason:  # an answer, not a fault: nothing to restart
             if collectives.rank() == 0:
                 files.write(Path(job["folder"]) / _STOPPED, str(reason))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Data:
+    """Where a worker reads the training set: in a folder that it shares with the driver, or streamed from an address."""
+
+    folder: str
+    digest: str
+    address: str
+    cache: str
+    budget: int
+
+    def store(self) -> Store:
+        return Store(self.address, cache=Path(self.cache), budget=self.budget)
+
+    def manifest(self) -> shards.Manifest:
+        return self.store().manifest(self.digest) if self.address else shards.Manifest.load(Path(self.folder))
+
+    def reader(self, manifest: shards.Manifest, split: shards.Split, config: PretrainConfig) -> shards.Reader:
+        if self.address:
+            return self.store().reader(manifest, split, window=config.shuffle_shards)
+        return shards.Reader(Path(self.folder), manifest, split)
 
 
 def run_fingerprint(manifest: shards.Manifest, spec: model.ModelSpec, config: PretrainConfig) -> str:
