@@ -11,10 +11,12 @@ import argparse
 import datetime
 import hashlib
 import io
+import multiprocessing
 import os
 import platform
 import random
 import re
+import resource
 import statistics
 import tempfile
 import time
@@ -30,6 +32,7 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import v2
 
 from darkmatter import cluster, files, images, ingest, shards, training_set
+from darkmatter.augmentations import Prepared
 from darkmatter.sources import SourceConfig
 from darkmatter.stream import Stream, permutation
 
@@ -91,7 +94,7 @@ def by_pillow(contents: Sequence[bytes], policy: str) -> None:
             torch.stack(column)
 
 
-def by_us(folder: Path, policy: str, engine: str, threads: int = 1) -> None:
+def by_us(folder: Path, policy: str, engine: str, threads: int = 1, stop: int = COUNT // BATCH) -> None:
     """From the tars of the training set, in a global order."""
     options = {"name": "natural", "natural": {"engine": engine, **POLICIES[policy]}}
     spec = training_set.ImageSpec(image_size=224, channels=3, max_side=1, mean=[0.0], std=[1.0])
@@ -102,7 +105,7 @@ def by_us(folder: Path, policy: str, engine: str, threads: int = 1) -> None:
 
     with shards.Reader(folder, shards.Manifest.load(folder), "train") as reader:
         stream = Stream(reader, load, batch_size=BATCH, seed=0, threads=threads)
-        for _ in stream.batches(0, COUNT // BATCH):
+        for _ in stream.batches(0, stop):
             pass
 
 
@@ -212,6 +215,41 @@ def views_section(contents: Sequence[bytes], photographs: Path, work: Path, repe
     return ["## Views of photographs, from bytes to batches", "", about, "", *lines]
 
 
+def device_section(repeat: int) -> list[str]:
+    """What `device` leaves to the device, where there is one."""
+    title, batch = "## The device's half of `device`", 256
+    if not torch.cuda.is_available():
+        return [title, "", "Not measured: no GPU."]
+    device = torch.device("cuda")
+    spec = training_set.ImageSpec(image_size=224, channels=3, max_side=1, mean=[0.0], std=[1.0])
+    views = training_set.choose_views({"name": "natural", "natural": {"engine": "device", **SIMCLR}}, spec)
+    pixels = torch.randint(0, 256, (2, batch, 224, 224, 3), dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
+    prepared = Prepared(
+        pixels=tuple(pixels),
+        sizes=torch.full((batch, 2), 224, device=device),
+        samples=torch.arange(batch, device=device),
+    )
+    lines = ["| | views/s |", "| --- | --- |"]
+    for name, finish in (("eager", views.finish), ("torch.compile", torch.compile(views.finish))):
+        rates = []
+        for turn in range(repeat + 2):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(10):
+                finish(prepared, seed=0, epoch=0, whole=2)
+            torch.cuda.synchronize()
+            rates += [20 * batch / (time.perf_counter() - started)] if turn > 1 else []
+        lines.append(f"| {name} | {statistics.median(rates):,.0f} |")
+        print(lines[-1], flush=True)
+    return [
+        title,
+        "",
+        f"{torch.cuda.get_device_name()}: colour and blur of 2 x {batch} views of 224 pixels.",
+        "",
+        *lines,
+    ]
+
+
 def reading_section(work: Path, repeat: int) -> list[str]:
     """Without decoding: 20,000 samples of 96 KB."""
     folder, count = work / "reading", 20_000
@@ -292,9 +330,12 @@ def packing_section(work: Path, repeat: int) -> list[str]:
 
 def threads_section(work: Path, repeat: int) -> list[str]:
     """By the clock, since CPU time says nothing of it."""
-    lines = ["| engine | 1 thread, images/s | 2 threads | ratio | of all rounds |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| engine | first batch, s | 1 thread, images/s | 2 threads | ratio | of all rounds |", "| --- " * 6 + "|"]
     for engine in ("exact", "fast", "device"):
         pairs = []
+        started = time.perf_counter()
+        by_us(work / "originals", "2 views (SimCLR)", engine, stop=1)
+        first = time.perf_counter() - started
         for turn in range(repeat + 1):
             seconds = []
             for threads in (1, 2):
@@ -305,12 +346,67 @@ def threads_section(work: Path, repeat: int) -> list[str]:
         ratios = [one / two for one, two in pairs]
         one, two = (COUNT / statistics.median(column) for column in zip(*pairs, strict=True))
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        lines.append(f"| `{engine}` | {one:,.0f} | {two:,.0f} | {statistics.median(ratios):.2f} | {spread} |")
+        lines.append(
+            f"| `{engine}` | {first:.2f} | {one:,.0f} | {two:,.0f} | {statistics.median(ratios):.2f} | {spread} |"
+        )
         print(lines[-1], flush=True)
     about = (
-        f"By the clock, on a machine of {os.cpu_count()} cores that others use as well; {COUNT} images in 2 batches."
+        f"By the clock, on a machine of {os.cpu_count()} cores that others use as well; batches of {BATCH}. The first "
+        "batch is counted from opening the folder, with one thread."
     )
     return ["## Two threads", "", about, "", *lines, ""]
+
+
+def million_section(work: Path) -> list[str]:
+    """Opening, resuming and reading where an epoch has a million samples; by the clock, in a process of its own."""
+    folder, count, each = work / "million", 1_000_000, 4096
+    folder.mkdir()
+    random.seed(0)
+    parts = []
+    for start in range(0, count, each):
+        samples = (
+            shards.Sample(key=f"{number:032x}", content=b"%08d" % number * 12, extension="png")
+            for number in range(start, min(start + each, count))
+        )
+        parts.append(shards.write_shard(folder / f"train-{start // each:06d}.tar", samples, split="train"))
+    shards.Manifest(classes=None, shards=parts).save(folder)
+    context = multiprocessing.get_context("spawn")
+    lines = [
+        "| order | first batch, s | at step 3,000 | in epoch 7 | samples/s | MiB |",
+        "| --- | " + "--- | " * 5,
+    ]
+    for window, name in ((0, "one permutation"), (16, f"16 of {len(parts)} shards at a time")):
+        with context.Pool(1) as pool:
+            first, middle, later, rate, peak = pool.apply(stream_million, (folder, window))
+        lines.append(f"| {name} | {first:.2f} | {middle:.2f} | {later:.2f} | {rate:,.0f} | {peak:.0f} |")
+        print(lines[-1], flush=True)
+    about = (
+        f"{count:,} samples of 96 bytes in {len(parts)} shards, batches of 256, without decoding, one thread; seconds from "
+        "opening the folder to the batch; what all this adds to the memory of the process."
+    )
+    return ["## A million samples", "", about, "", *lines, ""]
+
+
+def stream_million(folder: Path, window: int) -> tuple[float, float, float, float, float]:
+    def load(contents: Sequence[bytes], samples: np.ndarray, *, epoch: int) -> None:
+        if [int(content[:8]) for content in contents] != samples.tolist():
+            raise ValueError("not what was asked for")
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for step in (0, 3000, 7 * 3906 + 11):
+        started = time.perf_counter()
+        with shards.Reader(folder, shards.Manifest.load(folder), "train") as reader:
+            stream = Stream(reader, load, batch_size=256, seed=0, window=window)
+            next(iter(stream.batches(step, step + 1)))
+            seconds.append(time.perf_counter() - started)
+    with shards.Reader(folder, shards.Manifest.load(folder), "train") as reader:
+        started = time.perf_counter()
+        for _ in Stream(reader, load, batch_size=256, seed=0, window=window).batches(0, 1000):
+            pass
+        rate = 256_000 / (time.perf_counter() - started)
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return seconds[0], seconds[1], seconds[2], rate, more
 
 
 _HEAD = """# Performance
@@ -340,9 +436,11 @@ def main() -> None:
         contents = cut_photographs(arguments.photographs, work / "photographs")
         sections = [
             views_section(contents, work / "photographs", work, arguments.rounds),
+            device_section(arguments.rounds),
             threads_section(work, arguments.rounds),
             reading_section(work, arguments.rounds),
             packing_section(work, arguments.rounds),
+            million_section(work),
         ]
     how = (
         f"`make bench`, {datetime.date.today()}, {platform.machine()}, torch {torch.__version__}, no GPU; one core and one "

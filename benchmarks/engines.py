@@ -119,7 +119,7 @@ def main() -> None:
         lines.append(f"| `{engine}` | {100 * mean:.1f} | {seeds} | {beside} |")
     about = (
         f"`benchmarks/engines.py`, {datetime.date.today()}: SimCLR, `small_conv`, {count:,} images of "
-        f"{arguments.uri.rpartition('/')[2]} at {SIZE} pixels, {arguments.epochs} epochs of batch {BATCH}; the same "
+        f"{'/'.join(arguments.uri.split('/')[-2:])} at {SIZE} pixels, {arguments.epochs} epochs of batch {BATCH}; the same "
         "weights, samples and episodes for all. The interval is that of the episodes; seeds differ beside it."
     )
     replace_section(PAGE, "## What an engine costs in accuracy", [about, "", *lines])

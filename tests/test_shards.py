@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -41,6 +42,31 @@ def test_reader_finds_each_sample_by_one_offset(tmp_path: Path) -> None:
     assert shards.Manifest.load(tmp_path) == manifest
     with shards.Reader(tmp_path, manifest, "test") as reader:
         assert len(reader) == 0
+
+
+def test_few_files_are_open_however_many_shards_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And while there is room each is opened once."""
+    monkeypatch.setattr(shards, "_OPEN_SHARDS", 4)
+    parts = [
+        shards.write_shard(
+            tmp_path / f"train-{n}.tar", [dataclasses.replace(SAMPLES[1], key=f"{n:032x}")], split="train"
+        )
+        for n in range(12)
+    ]
+
+    def opened() -> list[str]:
+        links = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        return [link for link in links if link.startswith(str(tmp_path)) and link.endswith(".tar")]
+
+    with shards.Reader(tmp_path, shards.Manifest(classes=None, shards=parts), "train") as reader:
+        for index in (0, 1, 2, 0, 1, 2):
+            assert reader.read(index) == SAMPLES[1].content
+        assert len(opened()) == 3
+        assert reader._opened.cache_info().misses == 3
+        for index in range(12):
+            reader.read(index)
+            assert len(opened()) <= 4
+    assert not opened()
 
 
 def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,6 +126,14 @@ def test_the_cache_never_exceeds_its_budget_and_nothing_is_read_wrong(place: Pla
             assert sum(path.stat().st_size for path in place.cache.glob("cache/*") if path.is_file()) <= budget
     assert len(set(seen[: SHARDS * EACH])) == SHARDS * EACH
     assert 0 < len(tars(place.cache / "cache")) <= room
+
+
+def test_what_was_used_last_leaves_the_cache_last(place: Place) -> None:
+    store, parts = place.store(shards_in_cache=3), place.manifest.shards
+    for number in (0, 1, 2, 0, 3):
+        store.find(parts[number].path, parts[number].sha256)
+        time.sleep(0.01)  # the clock of the file system
+    assert {path.stem for path in tars(place.cache / "cache")} == {parts[number].sha256 for number in (0, 2, 3)}
 
 
 def test_what_comes_next_is_fetched_before_it_is_asked_for(place: Place) -> None:

@@ -21,6 +21,7 @@ from darkmatter.augmentations._colour import CONTRAST, HUE, Colours
 
 PHOTOGRAPH = np.ascontiguousarray(load_sample_image("china.jpg")[:400, :600])
 SMALL = cv2.resize(PHOTOGRAPH, (96, 96), interpolation=cv2.INTER_AREA)
+VIVID = cv2.resize(np.ascontiguousarray(load_sample_image("flower.jpg")), (96, 96), interpolation=cv2.INTER_AREA)
 ENGINES = ["exact", "fast", "device"]
 PLAIN = {"jitter_probability": 0.0, "grey_probability": 0.0, "blur_probability": [0.0, 0.0, 0.0]}
 
@@ -79,11 +80,11 @@ def one_by_one(pixels: np.ndarray, colours: Colours, index: int) -> np.ndarray:
     return np.asarray(image)
 
 
-@pytest.mark.parametrize(("engine", "least", "middle"), [("exact", 22, 40), ("fast", 20, 29), ("device", 20, 29)])
-def test_colours_are_torchvisions_to_within_clamping_and_hue(engine: str, least: float, middle: float) -> None:
+@pytest.mark.parametrize(("engine", "least", "quarter"), [("exact", 24, 38), ("fast", 15, 22), ("device", 15, 22)])
+def test_colours_are_torchvisions_to_within_clamping_and_hue(engine: str, least: float, quarter: float) -> None:
     """Of each of 60 drawn jitters. `fast` and `device` turn the hue in YIQ, which is another one than HSV's."""
-    whole = views(96, 60, SMALL, engine=engine, min_area=1.0, blur_probability=[0.0] * 3)
-    plain = views(96, 60, SMALL, engine=engine, min_area=1.0, **PLAIN)
+    whole = views(96, 60, VIVID, engine=engine, min_area=1.0, blur_probability=[0.0] * 3)
+    plain = views(96, 60, VIVID, engine=engine, min_area=1.0, **PLAIN)
     draws = Draws.of(seed=0, epoch=0, samples=torch.arange(60), view=0)
     colours = Colours.draw(draws, [0.4, 0.4, 0.4, 0.1], jitter_probability=0.8, grey_probability=0.2)
     to_pixels = lambda view: (view.permute(1, 2, 0) * 255).round().numpy().astype(np.uint8)  # noqa: E731
@@ -91,7 +92,7 @@ def test_colours_are_torchvisions_to_within_clamping_and_hue(engine: str, least:
         psnr(to_pixels(whole[index]) + 1e-3, one_by_one(to_pixels(plain[index]), colours, index)) for index in range(60)
     ]
     assert min(found) > least, sorted(found)[:5]
-    assert np.median(found) > middle, np.median(found)
+    assert np.quantile(found, 0.25) > quarter, np.quantile(found, 0.25)
 
 
 def test_hue_turns_the_way_torchvisions_does() -> None:

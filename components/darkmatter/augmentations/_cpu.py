@@ -51,11 +51,12 @@ def map_grey(pixels: Pixels, maps: Float[np.ndarray, "3 6"]) -> Pixels:
 
 def turn_hue(pixels: Pixels, turns: float) -> Pixels:
     """In HSV, by a whole number of 256ths of a turn, as Pillow and torchvision do."""
+    shift = int(turns * 255) % 256
+    if not shift:
+        return pixels
     hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
     rows = hsv.reshape(len(hsv), -1)
-    rows += np.tile(
-        np.array([int(turns * 255) % 256, 0, 0], np.uint8), hsv.shape[1]
-    )  # wraps; a third of hsv[..., 0] += ...
+    rows += np.tile(np.array([shift, 0, 0], np.uint8), hsv.shape[1])  # wraps; a third of hsv[..., 0] += ...
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
