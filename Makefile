@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # DVC runs `python`; it must be this environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo show test lint check docs bench bench-objectives lock clean
+.PHONY: help setup demo show test lint check docs bench bench-growth bench-engines bench-objectives lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -46,6 +46,12 @@ docs: setup  ## docs/params.md and the tables of docs/objectives.md
 
 bench: setup  ## the data path beside the usual one; PHOTOS=folder of large photographs; writes docs/performance.md
 	$(BIN)/python benchmarks/data.py $(if $(PHOTOS),--photographs $(PHOTOS))
+
+bench-growth: setup  ## ingest of 1,000, 200,000 and 1,000,000 files: time and memory (half an hour)
+	$(BIN)/python benchmarks/ingest.py --files 1000 200000 1000000
+
+bench-engines: setup  ## few-shot accuracy by each engine of the views; CLIP_ART=folder of labelled images
+	$(BIN)/python benchmarks/engines.py folder:$(CLIP_ART)
 
 bench-objectives: setup  ## every objective beside the others and lightly's; CLIP_ART=folder adds a second data set
 	$(BIN)/python -m pip install --quiet --no-deps lightly==1.6.0 lightly_utils==0.0.2
