@@ -43,8 +43,8 @@ class Store:
         from tqdm import tqdm
 
         there = self._names()
-        wanted = [(one, name, sha) for one in manifest.shards for name, sha in one.files.items()]
-        missing = [(folder / name, _name(name, sha)) for _, name, sha in wanted if _name(name, sha) not in there]
+        wanted = [(folder / name, _name(name, sha)) for one in manifest.shards for name, sha in one.files.items()]
+        missing = [(path, name) for path, name in wanted if name not in there]
         sizes = [path.stat().st_size for path, _ in missing]
         with (
             ThreadPoolExecutor(_FETCHES) as pool,

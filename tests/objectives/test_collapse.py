@@ -1,5 +1,6 @@
 """Every objective on real digits: its energy tells compatible pairs from others, and its known collapse is noticed."""
 
+import functools
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
