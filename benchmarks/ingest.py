@@ -9,7 +9,6 @@ import argparse
 import datetime
 import os
 import random
-import resource
 import struct
 import subprocess
 import sys
@@ -58,7 +57,9 @@ def once(source: Path, out: Path) -> None:
         started = time.monotonic()
         counts = ingest.ingest(SourceConfig(uri=f"folder:{source}", labels=False), CONFIG, out=out)
         seconds = time.monotonic() - started
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage: its peak survives exec, so that it would be that of the process which started this one.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    own = int(status["VmHWM"].split()[0]) / 1024
     print("RESULT", seconds, own, largest[0] / 2**20, counts["samples"])
 
 
