@@ -9,6 +9,7 @@ machines are noisy; only ratios of one round mean something, and the page shows 
 
 import argparse
 import datetime
+import functools
 import hashlib
 import io
 import multiprocessing
@@ -50,7 +51,7 @@ POLICIES = {"2 views (SimCLR)": SIMCLR, "2 + 8 views (DINO)": DINO}
 class PillowBlur:
     """What the code of MoCo and DINO uses."""
 
-    def __init__(self, chance: float, least: float = 0.1, most: float = 2.0) -> None:
+    def __init__(self, chance: float, least: float, most: float) -> None:
         self.chance, self.sigma = chance, (least, most)
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -59,18 +60,27 @@ class PillowBlur:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(*self.sigma)))
 
 
-def usual(jitter: Sequence[float], size: int, scale: tuple[float, float], blur: float, solarize: float) -> v2.Compose:
+def usual(
+    jitter: Sequence[float],
+    size: int,
+    scale: tuple[float, float],
+    blur: float,
+    solarize: float,
+    *,
+    blur_sigma: tuple[float, float] = (0.1, 2.0),
+    normalise: bool = True,
+) -> v2.Compose:
     """A view by Pillow and torchvision, one image at a time: what self-supervised code does."""
     steps = [
         v2.RandomResizedCrop(size, scale=scale),
         v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(*jitter)], p=0.8),
         v2.RandomGrayscale(0.2),
-        PillowBlur(blur),
+        PillowBlur(blur, *blur_sigma),
         *([v2.RandomSolarize(128, p=solarize)] if solarize else []),
         v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        *([v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])] if normalise else []),
     ]
     return v2.Compose(steps)
 
@@ -99,10 +109,7 @@ def by_us(folder: Path, policy: str, engine: str, threads: int = 1, steps: int =
     options = {"name": "natural", "natural": {"engine": engine, **POLICIES[policy]}}
     spec = training_set.ImageSpec(image_size=224, channels=3, max_side=1, mean=[0.0], std=[1.0])
     views = training_set.choose_views(options, spec)
-
-    def load(contents: Sequence[bytes], samples: np.ndarray, *, epoch: int) -> Any:
-        return views.prepare(contents, samples, seed=0, epoch=epoch, whole=2)
-
+    load = functools.partial(views.prepare, seed=0, whole=2)
     with shards.Reader(folder, shards.Manifest.load(folder), "train") as reader:
         stream = Stream(reader, load, batch_size=BATCH, seed=0, threads=threads)
         for _ in stream.batches(0, steps):
@@ -361,7 +368,6 @@ def million_section(work: Path) -> list[str]:
     """Opening, resuming and reading where an epoch has a million samples; by the clock, in a process of its own."""
     folder, count, each = work / "million", 1_000_000, 4096
     folder.mkdir()
-    random.seed(0)
     parts = []
     for start in range(0, count, each):
         samples = (
@@ -442,8 +448,9 @@ def main() -> None:
             packing_section(work, arguments.rounds),
             million_section(work),
         ]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     how = (
-        f"`make bench`, {datetime.date.today()}, {platform.machine()}, torch {torch.__version__}, no GPU; one core and one "
+        f"`make bench`, {datetime.date.today()}, {platform.machine()}, torch {torch.__version__}, {gpu}; one core and one "
         f"thread a method, medians of {arguments.rounds} interleaved rounds."
     )
     for title, _, *lines in sections:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
 import objectives as bench
 from darkmatter import evaluate, evaluations, model, shards, training_set
@@ -28,7 +27,7 @@ from darkmatter.evaluations import Score, Subject, few_shot
 from darkmatter.stream import Stream
 from darkmatter.training.optimizers import adamw, set_learning_rate
 from darkmatter.training.rates import learning_rate
-from data import PAGE, PillowBlur, replace_section
+from data import PAGE, replace_section, usual
 
 BATCH, SIZE, RATE = 128, 48, 0.004
 SHOTS = few_shot.Config(ways=[5], shots=[5], episodes=600, queries=15)
@@ -39,17 +38,8 @@ class Usual:
 
     def __init__(self) -> None:
         scale = SIZE / 224  # the policy's widths of the blur are those of 224 pixels
-        self.transform = v2.Compose(
-            [
-                v2.RandomResizedCrop(SIZE, scale=(0.2, 1.0)),
-                v2.RandomHorizontalFlip(),
-                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-                v2.RandomGrayscale(0.2),
-                PillowBlur(0.5, 0.1 * scale, 2.0 * scale),
-                v2.PILToTensor(),
-                v2.ToDtype(torch.float32, scale=True),
-            ]
-        )
+        sigma = 0.1 * scale, 2.0 * scale
+        self.transform = usual([0.4, 0.4, 0.4, 0.1], SIZE, (0.2, 1.0), 0.5, 0.0, blur_sigma=sigma, normalise=False)
 
     def prepare(self, contents: Sequence[bytes], samples: np.ndarray, *, epoch: int, **_: Any) -> list[Tensor]:
         pictures = [Image.open(io.BytesIO(content)).convert("RGB") for content in contents]

@@ -114,7 +114,9 @@ class _Ingest:
         seen = self.ledger.list(self.source.items(), labels=self.labels)
         self._inspect()
         while True:  # a file that changes while it is read makes room for another one with its content
-            self.ledger.choose(functools.partial(_split_of, self.config), near_duplicates(self.config.near_duplicates))
+            self.ledger.choose(
+                functools.partial(split_of, config=self.config), near_duplicates(self.config.near_duplicates)
+            )
             self.classes += sorted(set(self.ledger.labels()) - set(self.classes)) if self.labels else []
             self._let_go()
             if not self._write():
@@ -147,7 +149,7 @@ class _Ingest:
             self.ledger.load(self.out / _LEDGER)
         self.classes = list(before.classes or [])
         for shard in before.shards:
-            for name in (shard.path, shard.index_path):
+            for name in shard.files:
                 if not (self.folder / name).exists():
                     os.link(self.out / name, self.folder / name)
             self._keep(shard)
@@ -218,7 +220,7 @@ class _Ingest:
         self.ledger.save(self.folder / _LEDGER)
         manifest.save(self.folder)
         ours = {"manifest.json", _LEDGER, *(f"{name}.jsonl" for name in lists)}
-        ours |= {path for shard in manifest.shards for path in (shard.path, shard.index_path)}
+        ours |= {path for shard in manifest.shards for path in shard.files}
         for path in self.folder.iterdir():
             if path.name not in ours:
                 path.unlink()
@@ -249,10 +251,6 @@ def split_of(sha256: str, config: IngestConfig) -> shards.Split:
     if place < config.test_fraction:
         return "test"
     return "val" if place < config.test_fraction + config.val_fraction else "train"
-
-
-def _split_of(config: IngestConfig, sha256: str) -> shards.Split:
-    return split_of(sha256, config)
 
 
 @functools.cache

@@ -152,6 +152,21 @@ def expand(address: str) -> list[str]:
     return found
 
 
+def files_of(address: str, suffix: str) -> list[tuple[str, str]]:
+    """(address, version) of every file with this suffix that `expand` names or that lies below a folder it names, sorted.
+
+    Raises:
+        Unreadable: as `listing` and `version`.
+    """
+    found = []
+    for one in expand(address):
+        if one.endswith(suffix):
+            found.append((one, version(one)))
+        else:
+            found += [(join(one, entry.path), entry.version) for entry in listing(one) if entry.path.endswith(suffix)]
+    return sorted(found)
+
+
 def _tail(pattern: str) -> str:
     parent = Path(pattern[: pattern.index("*")]).parent
     return str(Path(pattern).relative_to(parent))

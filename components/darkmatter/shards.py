@@ -260,7 +260,7 @@ class Reader:
         return content
 
     def expect(self, shards: Sequence[int]) -> None:
-        """Says which shards will be read soon. Of use where they have to be fetched: see `store.Reader`."""
+        """Says which shards will be read soon. Of use where they have to be fetched: see `store.StoreReader`."""
 
     def close(self) -> None:
         self._opened.cache_clear()

@@ -68,7 +68,7 @@ def build(shards_folder: Path, config: AugmentConfig, out: Path) -> dict[str, An
         ]
         written = {origin: part for origin, part in known.items() if origin in {shard.sha256 for shard in sources}}
         for part in written.values():
-            for name in (part.shard.path, part.shard.index_path):
+            for name in part.shard.files:
                 os.link(out / name, folder / name)
         written |= {part.origin: part for part in cluster.map_tasks(_convert, tasks, "preparing", total=len(tasks))}
         parts = [written[shard.sha256] for shard in sources]

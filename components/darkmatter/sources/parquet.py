@@ -33,16 +33,10 @@ class Parquet(Source):
 
     def _tables(self) -> list[tuple[str, str]]:
         """(address, version) of each."""
-        found = []
-        for one in remote.expand(self.address):
-            if one.endswith(".parquet"):
-                found.append((one, remote.version(one)))
-            else:
-                entries = remote.listing(one)
-                found += [(remote.join(one, e.path), e.version) for e in entries if e.path.endswith(".parquet")]
+        found = remote.files_of(self.address, ".parquet")
         if not found:
             raise Unreadable("missing", f"{self.address} stands for no .parquet")
-        return sorted(found)
+        return found
 
     def state(self) -> str:
         return digest(f"{address}\0{version}" for address, version in self._tables())

@@ -36,22 +36,11 @@ class WebDataset(Source):
     def __init__(self, address: str) -> None:
         self.address = address
 
-    def _tars(self) -> list[tuple[str, str]]:
-        """(address, version) of each."""
-        found = []
-        for one in remote.expand(self.address):
-            if one.endswith(".tar"):
-                found.append((one, remote.version(one)))
-            else:
-                entries = remote.listing(one)
-                found += [(remote.join(one, e.path), e.version) for e in entries if e.path.endswith(".tar")]
-        return sorted(found)
-
     def state(self) -> str:
-        return digest(f"{address}\0{version}" for address, version in self._tars())
+        return digest(f"{address}\0{version}" for address, version in remote.files_of(self.address, ".tar"))
 
     def items(self) -> Iterator[Item]:
-        tars = self._tars()
+        tars = remote.files_of(self.address, ".tar")
         if not tars:
             raise Unreadable("missing", f"{self.address} stands for no .tar")
         for address, version in tars:

@@ -70,8 +70,8 @@ def pretrain(
         budget=int(place.cache_gibibytes * 2**30),
     )
     if place.data:
-        data.store().check_budget(manifest, "train", window=config.shuffle_shards)
-        data.store().publish(train_folder, manifest)
+        data.store.check_budget(manifest, "train", window=config.shuffle_shards)
+        data.store.publish(train_folder, manifest)
     job = {
         "data": dataclasses.asdict(data),
         "spec": spec.model_dump(),
@@ -142,15 +142,17 @@ class _Data:
     cache: str
     budget: int
 
+    @functools.cached_property
     def store(self) -> Store:
+        """One for all readers of a process: it knows which files of the cache have been compared with their hash."""
         return Store(self.address, cache=Path(self.cache), budget=self.budget)
 
     def manifest(self) -> shards.Manifest:
-        return self.store().manifest(self.digest) if self.address else shards.Manifest.load(Path(self.folder))
+        return self.store.manifest(self.digest) if self.address else shards.Manifest.load(Path(self.folder))
 
     def reader(self, manifest: shards.Manifest, split: shards.Split, config: PretrainConfig) -> shards.Reader:
         if self.address:
-            return self.store().reader(manifest, split, window=config.shuffle_shards)
+            return self.store.reader(manifest, split, window=config.shuffle_shards)
         return shards.Reader(Path(self.folder), manifest, split)
 
 
