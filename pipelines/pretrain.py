@@ -19,7 +19,7 @@ def main() -> None:
     )
     with cluster.session():
         summary = pretrain(
-            Path("data/train"), spec, config, place, out=Path("models/backbone"), history=Path("plots/history.csv")
+            Path("data/train"), spec, config, place, out=Path("models/backbone"), plot=Path("plots/history.csv")
         )
     files.write_json("metrics/pretrain.json", summary)
 

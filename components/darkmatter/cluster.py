@@ -9,13 +9,16 @@ import itertools
 import logging
 import os
 import secrets
+import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from darkmatter import remote
 from darkmatter.params import Config
 
 Answer = TypeVar("Answer")
@@ -24,14 +27,17 @@ Answer = TypeVar("Answer")
 class PlaceConfig(Config):
     """The section `place` of params.yaml: where things run. No stage depends on it and it decides no result."""
 
-    workers: int = Field(gt=0)
-    """Processes of distributed training; each holds a copy of the model."""
+    workers: Annotated[int, Field(gt=0)] | tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+    """Processes of distributed training; each holds a copy of the model. Two numbers are the fewest and the most: training
+    goes on with fewer when a node is lost, and with more when one comes. The global batch stays, so that each number between
+    must divide it."""
     cpus_per_worker: int = Field(gt=0)
     """CPU cores of each: torch's threads, and the threads that decode."""
     gpu: bool
     """Give each worker a GPU."""
     storage: str
-    """Folder of checkpoints, shared by all nodes. Outside DVC: an interrupted run finds its own by fingerprint."""
+    """Folder, or address (s3://bucket/folder), of checkpoints, shared by all nodes. Outside DVC: an interrupted run finds
+    its own by fingerprint."""
     data: str
     """Address (s3://bucket/folder) that training data is sent to and streamed from, for workers that do not share this
     folder; empty: they read data/train."""
@@ -42,7 +48,25 @@ class PlaceConfig(Config):
     mlflow: str
     """Tracking URI of the registry; the environment variable MLFLOW_TRACKING_URI wins over it."""
     max_restarts: int = Field(ge=0)
-    """How often training restarts from its last checkpoint after a worker died."""
+    """How often in a row training restarts from the same checkpoint after a failure. One that gets further sets
+    the count back."""
+    stall_seconds: float = Field(gt=0)
+    """A worker that makes no step for so long is ended, and where it stood is written beside the checkpoints. The first step
+    may take ten times as long."""
+    keep_checkpoints: int = Field(gt=0)
+    """How many of the newest stay, beside the one with the best energy margin."""
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+
+    @field_validator("workers")
+    @classmethod
+    def _rising(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"the fewest workers, {value[0]}, are more than the most, {value[1]}")
+        return value
 
 
 @contextmanager
@@ -100,36 +124,74 @@ def map_tasks(
             progress.update()
 
 
-def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig, *, name: str) -> None:
-    """Runs `function(job, device)` in `place.workers` processes of one process group (NCCL with GPUs, else gloo).
+class WorkersFailed(RuntimeError):
+    """Distributed training ended with a failure of one or more workers; the message says which and why."""
 
-    When a worker dies the group is built again, `place.max_restarts` times, and `function` runs from its start: it must
-    find its last checkpoint by itself.
+
+def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig, *, name: str) -> None:
+    """Runs `function(job, device)` in the workers of one process group (NCCL with GPUs, else gloo).
+
+    When a node comes or goes and `place.workers` names a range, the group is built again with another number of workers,
+    and `function` runs from its start: it must find its last checkpoint by itself.
 
     Raises:
         ValueError: this machine has too few CPUs or GPUs; Ray would wait for them for ever.
-        RuntimeError: training ended for good; the message is the worker's.
+        WorkersFailed: a worker died or raised; all are gone.
     """
+    # A worker that does not answer, since it is stopped or its machine hangs, is given up after as long as one that answers
+    # but makes no step. Ray reads this when it is first imported; its own default is 600.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(place.stall_seconds))
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     _check_resources(place)
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"function": function, "job": job},
-        torch_config=TorchConfig(backend="nccl" if place.gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=place.workers,
-            use_gpu=place.gpu,
-            resources_per_worker={"CPU": place.cpus_per_worker, **({"GPU": 1} if place.gpu else {})},
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=str(Path(place.storage).resolve() / "ray"),
-            failure_config=FailureConfig(max_failures=place.max_restarts),
-        ),
-    )
-    trainer.fit()
+    least, most = place.worker_range
+    with _scratch(place.storage) as (storage, filesystem):
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"function": function, "job": job},
+            torch_config=TorchConfig(backend="nccl" if place.gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=most if least == most else (least, most),
+                use_gpu=place.gpu,
+                resources_per_worker={"CPU": place.cpus_per_worker, **({"GPU": 1} if place.gpu else {})},
+            ),
+            run_config=RunConfig(
+                name=f"{name}-{time.time_ns()}",  # restarts are ours: Ray must not find what it knew of an earlier one
+                storage_path=storage,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=0),
+            ),
+        )
+        try:
+            trainer.fit()
+        except WorkerGroupError as error:
+            failures = sorted(error.worker_failures.items())
+            raise WorkersFailed("; ".join(f"worker {rank}: {_last_line(one)}" for rank, one in failures)) from error
+        except ControllerError as error:
+            raise WorkersFailed(_last_line(error)) from error
+
+
+def _last_line(error: BaseException) -> str:
+    """Of a message that has a traceback in it: the line that says what went wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextmanager
+def _scratch(storage: str) -> Iterator[tuple[str, Any]]:
+    """A folder that Ray wants all nodes to share, and the file system it is on. Nothing in it outlives the block."""
+    address = f"{storage.rstrip('/')}/ray"
+    if not remote.is_remote(storage):
+        yield str(Path(address).resolve()), None
+        shutil.rmtree(address, ignore_errors=True)
+        return
+    import pyarrow.fs
+
+    filesystem, path = remote.file_system(address)
+    yield path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
+    remote.remove_folder(address)
 
 
 def _check_resources(place: PlaceConfig) -> None:
@@ -138,10 +200,11 @@ def _check_resources(place: PlaceConfig) -> None:
     if os.environ.get("RAY_ADDRESS"):
         return  # a cluster may grow
     there = ray.cluster_resources()
-    for kind, needed in (("GPU", place.workers * place.gpu), ("CPU", place.workers * place.cpus_per_worker)):
+    least, _ = place.worker_range
+    for kind, needed in (("GPU", least * place.gpu), ("CPU", least * place.cpus_per_worker)):
         if needed > there.get(kind, 0):
             raise ValueError(
-                f"place asks for {needed} {kind}s ({place.workers} workers), this machine has {there.get(kind, 0):.0f}; "
+                f"place asks for {needed} {kind}s ({least} workers), this machine has {there.get(kind, 0):.0f}; "
                 "lower place.workers, place.cpus_per_worker or place.gpu"
             )
 

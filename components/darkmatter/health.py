@@ -65,3 +65,13 @@ def rankme(embeddings: Float[Tensor, "batch features"]) -> float:
     singular = torch.linalg.svdvals(embeddings.double())
     share = singular / singular.sum().clamp_min(1e-12) + 1e-7
     return float(torch.exp(-(share * share.log()).sum()))
+
+
+def spread(embeddings: Float[Tensor, "batch features"]) -> float:
+    """The mean over dimensions of the standard deviation of embeddings of unit length, times the root of their number: 0
+    when all are one point, about 1 when they go in all directions alike.
+
+    X. Chen, K. He, "Exploring simple Siamese representation learning" (2021), https://arxiv.org/abs/2011.10566, section 4.1.
+    """
+    unit = torch.nn.functional.normalize(embeddings.double(), dim=1)
+    return float(unit.std(0).mean() * embeddings.shape[1] ** 0.5)

@@ -93,8 +93,66 @@ def write(address: str, content: bytes) -> None:
         except OSError as error:
             raise _named(error, address) from error
         return
-    filesystem, path = _filesystem(address)
+    filesystem, path = file_system(address)
     _retried(lambda: filesystem.pipe_file(path, content), address)
+
+
+def exists(address: str) -> bool:
+    """Whether there is a file.
+
+    Raises:
+        Unreadable: it cannot be known.
+    """
+    if not is_remote(address):
+        return Path(address).is_file()
+    filesystem, path = file_system(address)
+    return bool(_retried(lambda: filesystem.exists(path), address))
+
+
+def send(path: Path, address: str) -> None:
+    """A file of this machine, of any size, to an address.
+
+    Raises:
+        Unreadable: as `read`.
+    """
+    filesystem, there = file_system(address)
+    _retried(lambda: filesystem.put_file(str(path), there), address)
+
+
+def fetch(address: str, path: Path) -> None:
+    """What lies at an address, of any size, to a file of this machine.
+
+    Raises:
+        Unreadable: as `read`.
+    """
+    filesystem, there = file_system(address)
+    _retried(lambda: filesystem.get_file(there, str(path)), address)
+
+
+def remove(address: str) -> None:
+    """A file; nothing when it is not there.
+
+    Raises:
+        Unreadable: as `read`.
+    """
+    if not is_remote(address):
+        Path(address).unlink(missing_ok=True)
+        return
+    filesystem, there = file_system(address)
+    _unless_missing(lambda: filesystem.rm_file(there), address)
+
+
+def remove_folder(address: str) -> None:
+    """All that lies below an address; nothing when nothing does.
+
+    Raises:
+        Unreadable: as `read`.
+    """
+    if not is_remote(address):
+        files.remove_folder(address)
+        return
+    filesystem, there = file_system(address)
+    _unless_missing(lambda: filesystem.rm(there, recursive=True), address)
 
 
 def listing(address: str) -> Iterator[Entry]:
@@ -116,7 +174,7 @@ def version(address: str) -> str:
         Unreadable: as `read`.
     """
     if is_remote(address):
-        filesystem, path = _filesystem(address)
+        filesystem, path = file_system(address)
         return _version_of(_retried(lambda: filesystem.info(path), address))
     try:
         return _version_of_stat(os.stat(address))
@@ -130,7 +188,7 @@ def open_file(address: str) -> Any:
     Raises:
         Unreadable: as `read`; what goes wrong later is the format's to name.
     """
-    filesystem, path = _filesystem(address)
+    filesystem, path = file_system(address)
     return _retried(lambda: filesystem.open(path, "rb"), address)
 
 
@@ -141,7 +199,7 @@ def expand(address: str) -> list[str]:
     found: list[str] = []
     for one in braceexpand.braceexpand(address):
         if is_remote(one):
-            filesystem, path = _filesystem(one)
+            filesystem, path = file_system(one)
             if "*" in path:
                 found += sorted(filesystem.unstrip_protocol(p) for p in _retried(lambda: filesystem.glob(path), one))  # noqa: B023
                 continue
@@ -261,14 +319,15 @@ def _opened(protocol: str, process: int) -> Any:
     return fsspec.filesystem(protocol, skip_instance_cache=True, **options)
 
 
-def _filesystem(address: str) -> tuple[Any, str]:
+def file_system(address: str) -> tuple[Any, str]:
+    """fsspec's file system of a remote address, and the path there."""
     protocol = address.partition("://")[0]
     filesystem = _opened(protocol, os.getpid())
     return filesystem, filesystem._strip_protocol(address)
 
 
 def _read_remote(address: str, limit: int, start: int, size: int | None) -> bytes:
-    filesystem, path = _filesystem(address)
+    filesystem, path = file_system(address)
     if size is None:
         length = filesystem.info(path).get("size")
         if length is not None and length > limit:
@@ -284,7 +343,7 @@ def _read_remote(address: str, limit: int, start: int, size: int | None) -> byte
 
 
 def _list_remote(address: str) -> Iterator[Entry]:
-    filesystem, root = _filesystem(address)
+    filesystem, root = file_system(address)
     pending = [(root, "")]
     while pending:
         path, prefix = pending.pop()
@@ -317,6 +376,14 @@ def _retried(call: Callable[[], Answer], address: str) -> Answer:
         raise
     except Exception as error:  # the one boundary to fsspec, aiohttp and botocore, which raise a dozen types
         raise _named(error, address) from error
+
+
+def _unless_missing(call: Callable[[], object], address: str) -> None:
+    try:
+        _retried(call, address)
+    except Unreadable as error:
+        if error.reason != "missing":
+            raise
 
 
 def _named(error: BaseException, address: str) -> Unreadable:

@@ -16,7 +16,8 @@ from conftest import make_digits
 from darkmatter import health, model, shards, training_set
 from darkmatter.registry import RegisterConfig, gate
 from darkmatter.stream import Stream
-from darkmatter.training import PretrainConfig, checkpoint, loop
+from darkmatter.training import PretrainConfig, history, loop
+from darkmatter.training.checkpoint import Checkpoints
 
 BATCH, STEPS = 64, 126
 Outcome = tuple[list[float], str | None]
@@ -39,7 +40,8 @@ def train(name: str, digits: str, folder: str, broken: bool) -> Outcome:
     config = PretrainConfig(
         seed=0, epochs=STEPS // (manifest.samples("train") // BATCH), batch_size=BATCH,
         shuffle_shards=0, learning_rate=0.004,
-        warmup_epochs=1, weight_decay=0.05, log_every=30, save_every=1000, health_every=9, min_energy_margin=0.8,
+        warmup_epochs=1, weight_decay=0.05, clip_norm=0.0, log_every=30, save_every=1000, health_every=9,
+        min_energy_margin=0.8,
     )  # fmt: skip
     method = model.build(spec, seed=0)
     patch = pytest.MonkeyPatch()
@@ -56,14 +58,14 @@ def train(name: str, digits: str, folder: str, broken: bool) -> Outcome:
                 policy,
                 training_set.held_out(train_folder, 256),
                 config,
-                folder=Path(folder),
+                checkpoints=Checkpoints(folder, keep=2),
                 device=torch.device("cpu"),
             )
     except health.Collapsed as error:
         reason = str(error)
     finally:
         patch.undo()
-    return [row["energy_margin"] for row in checkpoint.read_history(Path(folder)) if "energy_margin" in row], reason
+    return [row["energy_margin"] for row in history.read(folder) if "energy_margin" in row], reason
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from darkmatter.training import checkpoint
+from darkmatter.training.history import read as read_history
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -100,7 +100,7 @@ def test_killed_in_the_middle_of_pretraining_it_goes_on(repository: Repository) 
         reached = 0
         while process.poll() is None and reached < 35:
             folders = list((repository.folder / "checkpoints").glob("pretrain-*"))
-            rows = checkpoint.read_history(folders[0]) if folders else []
+            rows = read_history(str(folders[0])) if folders else []
             reached = int(rows[-1]["step"]) if rows else 0
             time.sleep(0.05)
         assert process.poll() is None, (repository.folder.parent / "log").read_text()

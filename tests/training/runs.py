@@ -6,16 +6,18 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from darkmatter import model, shards, training_set
 from darkmatter.stream import Stream
 from darkmatter.training import PretrainConfig, loop
+from darkmatter.training.checkpoint import Checkpoints
 
 CONFIG = PretrainConfig(
     seed=0, epochs=8, batch_size=32, shuffle_shards=0, learning_rate=0.004, warmup_epochs=1, weight_decay=0.05,
-    log_every=1, save_every=7, health_every=10, min_energy_margin=0.0,
+    clip_norm=0.0, log_every=1, save_every=7, health_every=10, min_energy_margin=0.0,
 )  # fmt: skip
 
 
@@ -33,13 +35,15 @@ def spec(train: Path, objective: str) -> model.ModelSpec:
 
 
 def run(
-    train: Path, folder: Path, objective: str, *, config: PretrainConfig = CONFIG, threads: int = 1
+    train: Path, folder: Path, objective: str, *, config: PretrainConfig = CONFIG, threads: int = 1, **hooks: Any
 ) -> loop.TrainState:
+    """`hooks` go to `loop.fit`, but for `prepare`, which is called with the fresh objective."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     folder.mkdir(parents=True, exist_ok=True)
     made = spec(train, objective)
     views, objective = training_set.choose_views(made.views, made.images), model.build(made, seed=config.seed)
+    hooks.pop("prepare", lambda _: None)(objective)
     load = functools.partial(views.prepare, seed=config.seed, whole=objective.num_views)
     with shards.Reader(train, shards.Manifest.load(train), "train") as reader:
         return loop.fit(
@@ -48,8 +52,9 @@ def run(
             views,
             training_set.held_out(train, 64),
             config,
-            folder=folder,
+            checkpoints=Checkpoints(str(folder), keep=2),
             device=torch.device("cpu"),
+            **hooks,
         )
 
 

@@ -12,7 +12,8 @@ import runs
 import torch
 
 from darkmatter import health
-from darkmatter.training import checkpoint
+from darkmatter.training import guards, history
+from darkmatter.training.checkpoint import Checkpoints
 
 RUNS = Path(__file__).with_name("runs.py")
 
@@ -30,13 +31,13 @@ def test_a_killed_run_ends_in_the_same_state_bit_for_bit(objective: str, digits:
     for least in (8, 23):  # killed as soon as a row after this step is there: between two checkpoints
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while process.poll() is None:
-            rows = checkpoint.read_history(folder)
+            rows = history.read(str(folder))
             if rows and rows[-1]["step"] >= least:
                 os.kill(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.01)
         assert process.wait() == -signal.SIGKILL
-        saved = checkpoint.load_newest(folder)
+        saved = Checkpoints(str(folder), keep=2).load_newest()
         assert saved is not None
         steps.append(saved["step"])
     state = runs.run(digits / "train", folder, objective)
@@ -44,7 +45,7 @@ def test_a_killed_run_ends_in_the_same_state_bit_for_bit(objective: str, digits:
     assert runs.digest(state.state_dict()) == reference
     total = runs.CONFIG.epochs * (len_train(digits) // runs.CONFIG.batch_size)
     assert state.step == total
-    assert [row["step"] for row in checkpoint.read_history(folder)] == list(range(1, total + 1))
+    assert [row["step"] for row in history.read(str(folder))] == list(range(1, total + 1))
 
 
 def len_train(digits: Path) -> int:
@@ -64,7 +65,7 @@ def test_loader_threads_change_nothing(digits: Path, tmp_path: Path) -> None:
 
 def test_history_has_the_terms_the_health_and_the_rates(digits: Path, tmp_path: Path) -> None:
     runs.run(digits / "train", tmp_path, "vicreg")
-    rows = checkpoint.read_history(tmp_path)
+    rows = history.read(str(tmp_path))
     assert {"loss", "invariance", "variance", "covariance", "learning_rate", "images_per_second", "epoch"} <= rows[
         0
     ].keys()
@@ -80,7 +81,7 @@ def test_a_margin_that_stays_low_stops_the_run_and_a_resumed_run_counts_on(digit
     message = r"collapse at step (\d+): for 3 looks in a row.*below 0.999.*does not rise.*in SimCLR: contrastive"
     with pytest.raises(health.Collapsed, match=message) as first:
         runs.run(digits / "train", tmp_path, "simclr", config=picky)
-    rows = checkpoint.read_history(tmp_path)
+    rows = history.read(str(tmp_path))
     total = runs.CONFIG.epochs * (len_train(digits) // runs.CONFIG.batch_size)
     counted = [row for row in rows if "energy_margin" in row and row["step"] > total / 3]
     assert len(counted) >= 3
@@ -98,15 +99,17 @@ def test_a_margin_that_stays_low_stops_the_run_and_a_resumed_run_counts_on(digit
 
 def test_a_finished_run_is_not_trained_again(digits: Path, tmp_path: Path) -> None:
     first = runs.run(digits / "train", tmp_path, "simclr")
-    rows = checkpoint.read_history(tmp_path)
+    rows = history.read(str(tmp_path))
     again = runs.run(digits / "train", tmp_path, "simclr")
     assert runs.digest(again.state_dict()) == runs.digest(first.state_dict())
-    assert checkpoint.read_history(tmp_path) == rows
+    assert history.read(str(tmp_path)) == rows
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(digits: Path, tmp_path: Path) -> None:
-    wild = runs.CONFIG.model_copy(update={"learning_rate": 1e30, "warmup_epochs": 0})
-    with pytest.raises(FloatingPointError, match=r"not finite at step \d+.*lower the learning rate"):
+def test_a_learning_rate_that_blows_up_ends_the_run_and_no_checkpoint_holds_it(digits: Path, tmp_path: Path) -> None:
+    wild = runs.CONFIG.model_copy(update={"learning_rate": 1e30, "warmup_epochs": 0, "save_every": 1})
+    with pytest.raises(
+        guards.NotFinite, match=r"(step \d+ is the last of 3 in a row skipped|is not finite at step \d+)"
+    ):
         runs.run(digits / "train", tmp_path, "vicreg", config=wild)
-    saved = checkpoint.load_newest(tmp_path)
-    assert saved is None or all(torch.isfinite(value).all() for value in saved["objective"].values())
+    for path in tmp_path.glob("step-*/state.pt"):
+        guards.require_finite(torch.load(path), step=0)

@@ -14,27 +14,29 @@ from safetensors.torch import load_file
 
 from darkmatter import cluster, health, lineage, shards
 from darkmatter.cluster import PlaceConfig
-from darkmatter.training import checkpoint, pretrain
+from darkmatter.training import history, pretrain
 
+TIMES = ("images_per_second", "goodput", "wall_seconds", "lost_to")
 CONFIG = runs.CONFIG.model_copy(update={"epochs": 12, "save_every": 10, "health_every": 60})
 
 
 def place(storage: Path, **changes: object) -> PlaceConfig:
     values = {
         "workers": 2, "cpus_per_worker": 1, "gpu": False, "storage": str(storage), "data": "", "max_restarts": 2,
-        "cache": str(storage / "cache"), "cache_gibibytes": 1.0, "mlflow": "sqlite:///unused.db",
+        "cache": str(storage / "cache"), "cache_gibibytes": 1.0, "stall_seconds": 60.0, "keep_checkpoints": 2,
+        "mlflow": "sqlite:///unused.db",
     }  # fmt: skip
     return PlaceConfig(**{**values, **changes})
 
 
 def run(digits: Path, folder: Path, **where: object) -> dict:
     spec, here = runs.spec(digits / "train", "simclr"), place(folder / "storage", **where)
-    return pretrain.pretrain(digits / "train", spec, CONFIG, here, out=folder / "model", history=folder / "history.csv")
+    return pretrain.pretrain(digits / "train", spec, CONFIG, here, out=folder / "model", plot=folder / "history.csv")
 
 
 def kill_a_worker_after(storage: Path, step: int, killed: list[int]) -> None:
     while not killed:
-        rows = [row for folder in storage.glob("pretrain-*") for row in checkpoint.read_history(folder)]
+        rows = [row for folder in storage.glob("pretrain-*") for row in history.read(str(folder))]
         if rows and rows[-1]["step"] >= step:
             workers = [
                 child
@@ -62,7 +64,10 @@ def test_a_killed_worker_costs_nothing_but_time(digits: Path, tmp_path: Path, ra
     for name in ("backbone.safetensors", "objective.safetensors"):
         whole, resumed = (load_file(tmp_path / run / "model" / name) for run in ("whole", "killed"))
         assert all((resumed[key] == value).all() for key, value in whole.items())
-    assert {**summary, "images_per_second": 0} == {**reference, "images_per_second": 0}
+    assert {**summary, **dict.fromkeys(TIMES, 0)} == {**reference, **dict.fromkeys(TIMES, 0)}
+    assert summary["lost_to"]["recovery"] > 0 == reference["lost_to"]["recovery"]
+    for one in (summary, reference):
+        assert sum(one["lost_to"].values()) + one["goodput"] == pytest.approx(1, abs=0.01)
     rows = (tmp_path / "killed" / "history.csv").read_text().splitlines()[1:]
     assert [float(row.split(",")[0]) for row in rows] == list(range(1, summary["steps"] + 1))
 
@@ -99,7 +104,7 @@ def test_damaged_training_data_is_refused_before_training(digits: Path, tmp_path
     spec = runs.spec(digits / "train", "simclr")
     with pytest.raises(ValueError, match="is damaged"):
         pretrain.pretrain(
-            tmp_path / "train", spec, CONFIG, place(tmp_path), out=tmp_path / "m", history=tmp_path / "h.csv"
+            tmp_path / "train", spec, CONFIG, place(tmp_path), out=tmp_path / "m", plot=tmp_path / "h.csv"
         )
 
 
@@ -107,9 +112,7 @@ def test_damaged_training_data_is_refused_before_training(digits: Path, tmp_path
 def test_an_impossible_batch_is_refused_before_training(batch: int, message: str, digits: Path, tmp_path: Path) -> None:
     spec, config = runs.spec(digits / "train", "simclr"), CONFIG.model_copy(update={"batch_size": batch})
     with pytest.raises(ValueError, match=message):
-        pretrain.pretrain(
-            digits / "train", spec, config, place(tmp_path), out=tmp_path / "m", history=tmp_path / "h.csv"
-        )
+        pretrain.pretrain(digits / "train", spec, config, place(tmp_path), out=tmp_path / "m", plot=tmp_path / "h.csv")
 
 
 def test_code_of_the_chosen_plugins_is_in_the_fingerprint() -> None:

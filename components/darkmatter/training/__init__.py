@@ -23,10 +23,12 @@ class PretrainConfig(Config):
     """Over which the learning rate rises from 0."""
     weight_decay: float = Field(ge=0)
     """On weights only, not on biases and norms."""
+    clip_norm: float = Field(ge=0)
+    """The gradient of a step is shrunk to this norm; 0 for no limit."""
     log_every: int = Field(gt=0)
     """Steps between two rows of the history; every checkpoint has a row as well."""
     save_every: int = Field(gt=0)
-    """Steps between two checkpoints; a kill costs at most this much."""
+    """Steps between two checkpoints; a kill costs at most this much, and what one save takes."""
     health_every: int = Field(gt=0)
     """Steps between two looks at the energy margin on held-out data."""
     min_energy_margin: float = Field(ge=0, lt=1)

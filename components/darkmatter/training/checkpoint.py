@@ -1,66 +1,221 @@
-"""Checkpoints: whole or absent, checked when read, the newest good one wins.
+"""Checkpoints: whole or absent, compared with their hash when read; the newest good one wins.
 
-<folder>/step-0000120/state.pt   tensors and numbers only (read with weights_only=True)
-                      sha256     of state.pt: no format notices a flipped bit by itself (measured, 0 of 40)
-<folder>/history.jsonl           rows up to the newest step; rows after the checkpoint are cut off at resume
+<address>/step-0000120/state.pt         tensors and numbers only (read with weights_only=True), for any number of ranks
+                       checkpoint.json  its step, its energy margin and the sha256 of state.pt: no format notices a flipped
+                                        bit by itself (measured, 0 of 40). Written last: a folder without it is not one
 """
 
+import hashlib
+import io
 import json
 import os
+import re
 import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
-from darkmatter import files
+from darkmatter import files, remote
+from darkmatter.training import guards
 
-_KEEP = 2  # the newest, and one to fall back on when the newest is damaged
-
-
-def save(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Writes the checkpoint of a step and drops all but the newest two."""
-    with files.whole_folder(folder / f"step-{step:07d}") as temporary:
-        with (temporary / "state.pt").open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        files.write(temporary / "sha256", files.sha256(temporary / "state.pt"))
-    for old in _newest_first(folder)[_KEEP:]:
-        files.remove_folder(old)
+STATE, ABOUT = "state.pt", "checkpoint.json"
 
 
-def load_newest(folder: Path) -> dict[str, Any] | None:
-    """The state of the newest checkpoint that is whole; None when there is none. Damaged ones are named on stderr."""
-    for path in _newest_first(folder):
-        state, recorded = path / "state.pt", path / "sha256"
-        if state.is_file() and recorded.is_file() and files.sha256(state) == recorded.read_text():
-            return torch.load(state, map_location="cpu", weights_only=True)
-        print(f"darkmatter: checkpoint {path} is damaged; using the one before it", file=sys.stderr)
-    return None
+class Checkpoints:
+    """Those of one run, in a folder of this machine or below an address that fsspec knows (`s3://bucket/folder`)."""
+
+    def __init__(self, address: str, *, keep: int) -> None:
+        """
+        Args:
+            address: of the run.
+            keep: how many of the newest stay; beside them stays the one with the best energy margin.
+        """
+        self.address = address
+        self._keep = keep
+
+    def save(self, step: int, state: dict[str, Any], energy_margin: float | None = None) -> None:
+        """Writes the checkpoint of a step, then drops those that need not stay.
+
+        Raises:
+            OSError: it cannot be written; those before it are as they were.
+        """
+        name = f"step-{step:07d}"
+        with self._filling(name) as folder:
+            with (folder / STATE).open("wb") as file:
+                hashing: Any = _Hashing(file)
+                torch.save(state, hashing)  # through an open file it leaves the interpreter's lock free (measured)
+                file.flush()
+                os.fsync(file.fileno())
+            about = {"step": step, "energy_margin": energy_margin, "sha256": {STATE: hashing.sha256()}}
+            files.write_json(folder / ABOUT, about)
+        for old in self._spare():
+            remote.remove_folder(remote.join(self.address, old))
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """The state of the newest checkpoint that is whole; None when there is none. Damaged ones are named on stderr.
+
+        Raises:
+            Unreadable: the store cannot be reached.
+        """
+        for name in self._names():
+            place = remote.join(self.address, name)
+            try:
+                with self._fetched(place) as path, path.open("rb") as file:
+                    expected = self._about(name)["sha256"][STATE]
+                    if hashlib.file_digest(file, "sha256").hexdigest() == expected:
+                        return torch.load(path, map_location="cpu", weights_only=True)
+                    problem = "its bytes are not those that were written"
+            except (remote.Unreadable, ValueError, KeyError, TypeError) as error:
+                if isinstance(error, remote.Unreadable) and error.reason == "connection":
+                    raise
+                problem = str(error)
+            print(f"darkmatter: checkpoint {place} is damaged ({problem}); using the one before it", file=sys.stderr)
+        return None
+
+    def newest_step(self) -> int:
+        """Of those that are complete; 0 when there is none. Whether its bytes are good, `load_newest` finds out."""
+        return next((int(name[5:]) for name in self._names()), 0)
+
+    def _names(self) -> list[str]:
+        """Newest first."""
+        try:
+            paths = [entry.path for entry in remote.listing(self.address)]
+        except remote.Unreadable as error:
+            if error.reason != "missing":
+                raise
+            return []
+        found = (re.fullmatch(rf"(step-\d{{7,}})/{re.escape(ABOUT)}", path) for path in paths)
+        return sorted((match[1] for match in found if match), key=lambda name: int(name[5:]), reverse=True)
+
+    def _about(self, name: str) -> dict[str, Any]:
+        about: dict[str, Any] = json.loads(remote.read(remote.join(self.address, f"{name}/{ABOUT}"), limit=2**16))
+        return about
+
+    def _spare(self) -> list[str]:
+        """Neither among the newest nor the best."""
+        names = self._names()
+        margins = {}
+        for name in names:
+            try:
+                margins[name] = self._about(name)["energy_margin"] or 0.0
+            except (ValueError, KeyError, TypeError):
+                margins[name] = 0.0  # damaged: it is told of when it is loaded
+        best = max(names, key=lambda name: (margins[name], name), default=None)
+        return [name for name in names[self._keep :] if name != best]
+
+    @contextmanager
+    def _filling(self, name: str) -> Iterator[Path]:
+        """A folder of this machine whose files take their place when the block ends well."""
+        place = remote.join(self.address, name)
+        if not remote.is_remote(place):
+            with files.whole_folder(place) as folder:
+                yield folder
+            return
+        with tempfile.TemporaryDirectory(prefix="checkpoint-") as temporary:
+            yield Path(temporary)
+            for one in (STATE, ABOUT):
+                remote.send(Path(temporary) / one, f"{place}/{one}")
+
+    @contextmanager
+    def _fetched(self, place: str) -> Iterator[Path]:
+        """The state's file on this machine."""
+        if not remote.is_remote(place):
+            if not (Path(place) / STATE).is_file():
+                raise remote.Unreadable("missing", f"no {STATE}")
+            yield Path(place) / STATE
+            return
+        with tempfile.TemporaryDirectory(prefix="checkpoint-") as temporary:
+            remote.fetch(f"{place}/{STATE}", Path(temporary) / STATE)
+            yield Path(temporary) / STATE
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+class Saver:
+    """Saves beside the training: the loop waits for a copy of the state only, and for the save before, if it is not done.
+
+    A save that fails is told of and counted, and training goes on; the next one may do better. Only the last one, when the
+    block ends well, must succeed.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._copy: Any = None
+        self.failed = 0
+        """Saves that could not be written."""
+
+    def save(self, step: int, state: dict[str, Any], energy_margin: float | None = None) -> None:
+        """Copies the state and writes it later; the copy is on the CPU and is used again.
+
+        Raises:
+            NotFinite: a weight or another number of the state. Nothing is written.
+        """
+        self._settle(last=False)
+        self._copy = _copied(state, self._copy)
+        guards.require_finite(self._copy, step)
+        self._pending = self._pool.submit(self._checkpoints.save, step, self._copy, energy_margin)
+
+    def _settle(self, *, last: bool) -> None:
+        """Waits for the save that is being written."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+            if last:
+                raise
+            self.failed += 1
+            print(
+                f"darkmatter: a checkpoint could not be saved ({error}); training goes on", file=sys.stderr, flush=True
+            )
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._settle(last=kind is None)
+        finally:
+            self._pool.shutdown()
 
 
-class History:
-    """Rows of numbers by step, appended as they come. After a resume each step is there once."""
+def _copied(value: Any, into: Any) -> Any:
+    """A deep copy on the CPU, in the tensors of an earlier one where they fit."""
+    if isinstance(value, Tensor):
+        if not (isinstance(into, Tensor) and into.shape == value.shape and into.dtype == value.dtype):
+            into = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return into.copy_(value.detach())
+    if isinstance(value, dict):
+        into = into if isinstance(into, dict) else {}
+        return {key: _copied(one, into.get(key)) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        into = into if isinstance(into, list | tuple) and len(into) == len(value) else [None] * len(value)
+        return type(value)(_copied(one, old) for one, old in zip(value, into, strict=True))
+    return value
 
-    def __init__(self, folder: Path, *, step: int) -> None:
-        """Keeps the rows up to `step`, which is where training goes on, and drops the rest."""
-        self.path = folder / "history.jsonl"
-        rows = [row for row in read_history(folder) if row["step"] <= step]
-        files.write(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def append(self, row: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+class _Hashing(io.RawIOBase):
+    """A file to write whose hash is known at the end."""
 
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash = file, hashlib.sha256()
 
-def read_history(folder: Path) -> list[dict[str, float]]:
-    """All complete rows; a last line cut off by a kill is left out."""
-    path = folder / "history.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self._hash.update(content)
+        return self._file.write(content)
+
+    def sha256(self) -> str:
+        return self._hash.hexdigest()

@@ -1,27 +1,27 @@
 """The training loop. There is one."""
 
 import dataclasses
+import inspect
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from darkmatter import collectives, health
 from darkmatter.augmentations import Prepared, Views
 from darkmatter.objectives import Objective
 from darkmatter.stream import Stream
-from darkmatter.training import PretrainConfig, checkpoint
+from darkmatter.training import PretrainConfig, guards
+from darkmatter.training.checkpoint import Checkpoints, Saver
+from darkmatter.training.goodput import Clock
+from darkmatter.training.history import History, Row
 from darkmatter.training.optimizers import adamw, set_learning_rate
 from darkmatter.training.rates import learning_rate
-
-_PATIENCE = 3  # looks in a row with too small a margin, before a run is stopped
-_RISE = 0.002  # above the best so far: slow starters (BYOL, I-JEPA, DINO) pass any floor late, but they keep rising
 
 
 @dataclasses.dataclass
@@ -30,25 +30,20 @@ class TrainState:
 
     objective: Objective
     optimizer: torch.optim.Optimizer
+    numbers: guards.Numbers
+    collapse: guards.Collapse
     step: int = 0
-    low_looks: int = 0
-    """How many looks in a row have found an energy margin that is too small and no higher than before."""
-    best_margin: float = 0.0
-    """The largest of the looks that count."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "low_looks": self.low_looks,
-            "best_margin": self.best_margin,
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        return {"step": self.step, **{name: part.state_dict() for name, part in self._parts().items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.low_looks, self.best_margin = state["step"], state["low_looks"], state["best_margin"]
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "step"}
 
 
 def fit(
@@ -58,10 +53,13 @@ def fit(
     held_out: Sequence[bytes],
     config: PretrainConfig,
     *,
-    folder: Path,
+    checkpoints: Checkpoints,
     device: torch.device,
+    alive: Callable[[], None] = lambda: None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+    session: float = 0.0,
 ) -> TrainState:
-    """Trains to the end, from the newest checkpoint in `folder` if there is one. Every rank calls it.
+    """Trains to the end, from the newest checkpoint if there is one. Every rank calls it.
 
     Args:
         objective: fresh; its weights are overwritten when there is a checkpoint.
@@ -69,81 +67,95 @@ def fit(
         views: the policy.
         held_out: images for the health, not trained on.
         config: rates and intervals.
-        folder: of checkpoints and history, the same for all ranks.
+        checkpoints: of the run; its history lies at the same address.
         device: to train on.
+        alive: called after every step.
+        asked_to_stop: whether to save and return before the end; one rank that is asked is enough.
+        session: when the work on the run was taken up, seconds since 1970, for the history.
 
     Raises:
-        FloatingPointError: the loss is not finite; the last checkpoint is from before.
+        NotFinite: numbers left the range of floating point, and skipping steps was of no help.
         Collapsed: the energy margin stayed below `config.min_energy_margin`.
     """
     total = config.epochs * stream.steps_per_epoch
     warmup = config.warmup_epochs * stream.steps_per_epoch
     objective = objective.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = TrainState(objective, adamw(objective, weight_decay=config.weight_decay))
-    if (saved := checkpoint.load_newest(folder)) is not None:
+    state = TrainState(
+        objective,
+        adamw(objective, weight_decay=config.weight_decay),
+        guards.Numbers(objective),
+        guards.Collapse(config.min_energy_margin),
+    )
+    if (saved := checkpoints.load_newest()) is not None:
         state.load_state_dict(saved)
     model = distributed(objective, device)
     drawn = views(held_out, np.arange(len(held_out)), seed=config.seed, epoch=-1)
     first, second = (view.to(device) for view in drawn[:2])
-    history = checkpoint.History(folder, step=state.step) if collectives.rank() == 0 else None
-    meter = _Meter(config.batch_size, state.step)
+    recorder = _Recorder(checkpoints.address, state, config, session) if collectives.rank() == 0 else None
+    margin, clock = None, Clock()
 
-    for batch in stream.batches(state.step, total):
-        set_learning_rate(
-            state.optimizer, learning_rate(state.step, peak=config.learning_rate, warmup=warmup, total=total)
-        )
-        torch.manual_seed(config.seed + state.step)  # what an objective draws is a function of the step as well
-        loaded = batch.loaded.to(device)
-        images = views.finish(loaded, seed=config.seed, epoch=batch.epoch, whole=objective.num_views)
-        with autocast(device), collectives.global_batch_norm():
-            terms = model(images, loaded.samples)
-        terms["loss"].backward()
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        objective.after_step(state.step / total)
-        state.step += 1
+    with Saver(checkpoints) as saver:
+        for batch in stream.batches(state.step, total):
+            clock.spent("data")
+            set_learning_rate(
+                state.optimizer, learning_rate(state.step, peak=config.learning_rate, warmup=warmup, total=total)
+            )
+            torch.manual_seed(config.seed + state.step)  # what an objective draws is a function of the step as well
+            loaded = batch.loaded.to(device)
+            images = views.finish(loaded, seed=config.seed, epoch=batch.epoch, whole=objective.num_views)
+            state.numbers.before_step()
+            with autocast(device), collectives.global_batch_norm():
+                terms = model(images, loaded.samples)
+            terms["loss"].backward()
+            norm = guards.gradient_norm(objective)
+            # One small message between the ranks, one wait for the device: all decide alike.
+            asked = norm.new_tensor(float(asked_to_stop()))
+            told = collectives.mean(torch.stack([terms["loss"].detach().to(norm), norm, asked])).tolist()
+            if state.numbers.may_step(told[0], told[1], state.step):
+                guards.clip(objective, norm, config.clip_norm)
+                state.optimizer.step()
+                objective.after_step(state.step / total)
+            state.optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            clock.spent("step")
 
-        row: dict[str, float] = {}
-        saving = state.step % config.save_every == 0 or state.step == total
-        if saving or state.step % config.log_every == 0:
-            row |= {name: float(collectives.mean(value.detach())) for name, value in terms.items()}
-            if not all(map(math.isfinite, row.values())):  # before it is saved
-                raise FloatingPointError(f"the loss is not finite at step {state.step}: {row}; lower the learning rate")
-        if state.step % config.health_every == 0 or state.step == total:
-            row |= look(objective, first, second, device)
-            if state.step > total / 3:  # before, a margin may be anything
+            ending = state.step == total or told[2] > 0
+            saving = ending or state.step % config.save_every == 0
+            looking = state.step == total or state.step % config.health_every == 0
+            row: Row = {}
+            if saving or state.step % config.log_every == 0:
+                row |= {name: float(collectives.mean(value.detach())) for name, value in terms.items()}
+                row |= {"gradient_norm": told[1], "epoch": batch.epoch}
+                clock.spent("step")
+            if looking:
+                row |= look(objective, first, second, device)
+                clock.spent("evaluation")
                 margin = row["energy_margin"]
-                low = margin < min(config.min_energy_margin, state.best_margin + _RISE)
-                state.low_looks = state.low_looks + 1 if low else 0
-                state.best_margin = max(state.best_margin, margin)
-                if low and history:
-                    print(f"energy margin {margin:.3f} at step {state.step}: collapsing?", file=sys.stderr)
-        if row and history:
-            row |= {"learning_rate": state.optimizer.param_groups[0]["lr"], "epoch": batch.epoch}
-            history.append({"step": state.step, **row, **meter.read(state.step)})
-        if history and saving:
-            checkpoint.save(folder, state.step, state.state_dict())
-        if state.low_looks >= _PATIENCE:
-            raise health.Collapsed(_reason(objective, state.step, row["energy_margin"], config))
+            if recorder and row:
+                recorder.write(row, clock)
+            if looking and state.step > total / 3:  # before, a margin may be anything
+                state.collapse.look(row["energy_margin"], state.step, objective)
+            if recorder and saving:
+                saver.save(state.step, state.state_dict(), margin)
+                clock.spent("save")
+            alive()
+            if ending:
+                break
+    if recorder:
+        recorder.close()
     return state
-
-
-def _reason(objective: Objective, step: int, margin: float, config: PretrainConfig) -> str:
-    return (
-        f"collapse at step {step}: for {_PATIENCE} looks in a row the energy told two views of one held-out sample from "
-        f"views of two with an AUROC below {config.min_energy_margin} (pretrain.min_energy_margin) that does not rise, now "
-        f"{margin:.3f}; 0.5 is chance. What should prevent it in {type(objective).__name__}: {objective.against_collapse}; "
-        "look at the options of the objective, at the learning rate and at the picture of the views"
-    )
 
 
 def distributed(objective: Objective, device: torch.device) -> Callable[..., Any]:
     """The objective as it is, or wrapped so that gradients are averaged over the ranks."""
     if collectives.world_size() == 1:
         return objective
-    # Buffers are not broadcast: they are equal on all ranks already, since batch norms use global statistics.
-    devices = [device.index or 0] if device.type == "cuda" else None
-    return DistributedDataParallel(objective, device_ids=devices, broadcast_buffers=False)
+    # Buffers are not broadcast: they are equal on all ranks already, since batch norms use global statistics. The name of
+    # the option is a new one in torch 2.14, which warns of the old one, the only one that 2.11 has.
+    names = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {option: False, "device_ids": [device.index or 0] if device.type == "cuda" else None}
+    return DistributedDataParallel(objective, **options)
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -152,25 +164,43 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
-def look(objective: Objective, first: torch.Tensor, second: torch.Tensor, device: torch.device) -> dict[str, float]:
-    """The health of the moment: energy margin and RankMe on held-out views."""
+def look(objective: Objective, first: Tensor, second: Tensor, device: torch.device) -> Row:
+    """The health of the moment, on held-out views: energy margin, RankMe, and how far embeddings of unit length spread."""
     with autocast(device):
         compatible, incompatible = health.pair_energies(objective, first, second)
         embeddings = health.embeddings(objective, first)
     return {
         "energy_margin": health.auroc(compatible.float(), incompatible.float()),
         "rankme": health.rankme(embeddings),
+        "spread": health.spread(embeddings),
     }
 
 
-class _Meter:
-    """Images per second since the last reading, health and checkpoints included."""
+class _Recorder:
+    """Adds to each row of the history what all have: rates, times, and what was skipped."""
 
-    def __init__(self, batch_size: int, step: int) -> None:
-        self._batch_size, self._step, self._time = batch_size, step, time.monotonic()
+    def __init__(self, address: str, state: TrainState, config: PretrainConfig, session: float) -> None:
+        self._history = History(address)
+        self._state, self._config, self._session = state, config, session
+        self._step = state.step
 
-    def read(self, step: int) -> dict[str, float]:
-        now = time.monotonic()
-        rate = (step - self._step) * self._batch_size / max(now - self._time, 1e-9)
-        self._step, self._time = step, now
-        return {"images_per_second": round(rate, 1)}
+    def write(self, row: Row, clock: Clock) -> None:
+        state, times = self._state, clock.read()
+        images = (state.step - self._step) * self._config.batch_size
+        self._step = state.step
+        whole = {
+            "step": state.step,
+            **row,
+            "learning_rate": state.optimizer.param_groups[0]["lr"],
+            "skipped_not_finite": state.numbers.not_finite,
+            "skipped_spikes": state.numbers.spikes,
+            "images_per_second": round(images / max(sum(times.values()), 1e-9), 1),
+            **times,
+            "time": time.time(),
+            "session": self._session,
+        }
+        # A step that was skipped may have a loss that is no number; no file for people or MLflow has a place for it.
+        self._history.append({name: value for name, value in whole.items() if math.isfinite(value)})
+
+    def close(self) -> None:
+        self._history.flush()

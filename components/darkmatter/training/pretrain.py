@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,12 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from darkmatter import cluster, collectives, files, health, lineage, model, plugin, shards, training_set
+from darkmatter import cluster, collectives, files, lineage, model, plugin, shards, training_set
+from darkmatter.console import Preempted, Stopped
 from darkmatter.store import Store
 from darkmatter.stream import Stream, steps_per_epoch
-from darkmatter.training import PretrainConfig, checkpoint, loop
+from darkmatter.training import PretrainConfig, goodput, history, loop
+from darkmatter.training.lease import Lease
+from darkmatter.training.run import Run
+from darkmatter.training.watchdog import Watchdog
 
-_STOPPED = "stopped.txt"  # in the folder of checkpoints: why the run ended itself
+_OF_A_ROW = ("step", "epoch", "images_per_second", "time", "session")  # not of the whole run
 _HELD_OUT = 512  # samples behind each energy margin: its standard error is about 0.01 at 0.95
 
 
@@ -28,7 +33,7 @@ def pretrain(
     place: cluster.PlaceConfig,
     *,
     out: Path,
-    history: Path,
+    plot: Path,
 ) -> dict[str, Any]:
     """Trains, or goes on training, and writes the model folder `out`.
 
@@ -41,27 +46,129 @@ def pretrain(
         config: the section `pretrain`.
         place: where to train.
         out: of the export.
-        history: CSV to write, a row for every look at the run.
+        plot: CSV to write, a row for every look at the run.
 
     Raises:
         ValueError: damaged data, or a batch that the workers cannot share or the data cannot fill.
-        Unreadable: the data cannot be sent to or read from `place.data`.
-        Collapsed: the run stopped itself, now or before; the same code, params and data would do so again.
+        Unreadable: the data cannot be sent to or read from `place.data`, or `place.storage` cannot be reached.
+        Held: another driver trains this run.
+        Stopped: the run stopped itself (collapse, numbers that are not finite), now or before, or restarts were of no help.
+        Preempted: SIGTERM came; the run is saved.
 
     Returns:
-        Summary: steps, images, images_per_second, final terms, energy_margin, rankme, fingerprint.
+        Summary: steps, images, images_per_second, final terms, energy_margin, rankme, fingerprint, and where the time went.
     """
     manifest = shards.Manifest.load(train_folder)
     manifest.verify(train_folder)
-    steps = config.epochs * steps_per_epoch(manifest.samples("train"), config.batch_size, place.workers)
-    fingerprint = run_fingerprint(manifest, spec, config)
-    folder = Path(place.storage).resolve() / f"pretrain-{fingerprint}"
-    folder.mkdir(parents=True, exist_ok=True)
+    least, most = place.worker_range
+    for workers in range(least, most + 1):
+        steps = config.epochs * steps_per_epoch(manifest.samples("train"), config.batch_size, workers)
     objective = model.build(spec, seed=config.seed)  # a wrong option fails here, before any process is started
-    print(_announce(objective, manifest, config, place, fingerprint, steps))
-    if (before := checkpoint.load_newest(folder)) is not None:
-        print(f"going on from step {before['step']}, the last checkpoint in {folder}", flush=True)
+    run = Run(run_fingerprint(manifest, spec, config), place)
+    print(_announce(objective, manifest, config, place, run.fingerprint, steps), flush=True)
+    with Lease(run.address), run.stopping_at_sigterm():
+        if not run.stopped():
+            data = _publish(train_folder, manifest, config, place)
+            job = {
+                "data": dataclasses.asdict(data),
+                "spec": spec.model_dump(),
+                "config": config.model_dump(),
+                "run": {"fingerprint": run.fingerprint, "place": place, "session": run.session},
+            }
+            with _progress(run.address, steps):
+                _train_through_failures(run, job)
+        rows = history.read(run.address)
+        _write_history(rows, plot)  # what led to an early end can be looked at
+        if reason := run.stopped():
+            raise Stopped(reason)
+        saved = run.checkpoints.load_newest()
+        if saved is None or saved["step"] != steps:
+            raise RuntimeError(f"training ended without its last checkpoint in {run.address}")
+        objective.load_state_dict(saved["objective"])
+        model.save(out, objective, spec, _provenance(run.fingerprint, manifest, config, steps))
+        lost = goodput.shares(history.read_all(run.address), ended=time.time())
+    times = {"goodput": lost.pop("step"), "wall_seconds": lost.pop("wall_seconds"), "lost_to": lost}
+    return _summary(rows, steps, config, run.fingerprint) | times
 
+
+def _train_through_failures(run: Run, job: dict[str, Any]) -> None:
+    """
+    Raises:
+        Stopped: restarts were of no help.
+        Preempted: asked to stop by SIGTERM; what was trained is saved.
+    """
+    restarts, step = 0, run.checkpoints.newest_step()
+    if step:
+        print(f"going on from step {step}, the last checkpoint in {run.address}", flush=True)
+    while True:
+        failure = None
+        try:
+            cluster.train(work, job, run.place, name=f"pretrain-{run.fingerprint}")
+        except cluster.WorkersFailed as error:
+            failure = error
+        before, step = step, run.checkpoints.newest_step()
+        if run.asked:
+            raise Preempted(f"asked to stop: saved at step {step} in {run.address}; to run it again goes on there")
+        if failure is None:
+            return
+        restarts = 1 if step > before else restarts + 1
+        if restarts > run.place.max_restarts:
+            raise Stopped(
+                f"training failed {restarts} times in a row from step {step} on, at last with: {failure}. Where workers "
+                f"stood still is in {run.address}/stacks; to run it again goes on from that step"
+            ) from failure
+        print(
+            f"restart {restarts} of {run.place.max_restarts} from step {step}: {failure}", file=sys.stderr, flush=True
+        )
+
+
+def work(job: dict[str, Any], device: torch.device) -> None:
+    """What each worker runs: builds everything from plain values and trains."""
+    config = PretrainConfig(**job["config"])
+    spec = model.ModelSpec(**job["spec"])
+    run = Run(**job["run"])
+    rank = collectives.rank()
+    stacks = f"{run.address}/stacks/{time.strftime('%Y%m%d-%H%M%S')}-rank-{rank}.txt"
+    with Watchdog(run.place.stall_seconds, stacks=stacks) as watchdog:
+        views = training_set.choose_views(spec.views, spec.images)
+        objective = model.build(spec, seed=config.seed)
+        data = _Data(**job["data"])
+        manifest = data.manifest()
+        with data.reader(manifest, training_set.held_out_split(manifest), config) as reader:
+            held_out = training_set.shuffled(reader, _HELD_OUT)
+        with data.reader(manifest, "train", config) as reader:
+            stream = Stream(
+                reader,
+                functools.partial(views.prepare, seed=config.seed, whole=objective.num_views),
+                batch_size=config.batch_size,
+                seed=config.seed,
+                window=config.shuffle_shards,
+                rank=rank,
+                world_size=collectives.world_size(),
+                threads=run.place.cpus_per_worker,
+            )
+            try:
+                loop.fit(
+                    objective,
+                    stream,
+                    views,
+                    held_out,
+                    config,
+                    checkpoints=run.checkpoints,
+                    device=device,
+                    alive=watchdog.alive,
+                    asked_to_stop=run.asked_to_stop,
+                    session=run.session,
+                )
+            except Stopped as reason:  # an answer, not a fault: nothing to restart
+                if rank == 0:
+                    run.stop(reason)
+
+
+def _publish(
+    train_folder: Path, manifest: shards.Manifest, config: PretrainConfig, place: cluster.PlaceConfig
+) -> "_Data":
+    """Sends the training set to `place.data`, if there is such an address."""
     data = _Data(
         folder=str(train_folder.resolve()),
         digest=manifest.digest,
@@ -72,64 +179,7 @@ def pretrain(
     if place.data:
         data.store.check_budget(manifest, "train", window=config.shuffle_shards)
         data.store.publish(train_folder, manifest)
-    job = {
-        "data": dataclasses.asdict(data),
-        "spec": spec.model_dump(),
-        "config": config.model_dump(),
-        "folder": str(folder),
-        "threads": place.cpus_per_worker,
-    }
-    if not (folder / _STOPPED).is_file():
-        with _progress(folder, steps):
-            cluster.train(work, job, place, name=folder.name)
-    if (folder / _STOPPED).is_file():
-        _write_history(checkpoint.read_history(folder), history)  # what led there can be looked at
-        raise health.Collapsed((folder / _STOPPED).read_text())
-
-    saved = checkpoint.load_newest(folder)
-    if saved is None or saved["step"] != steps:
-        raise RuntimeError(f"training ended without its last checkpoint in {folder}")
-    objective.load_state_dict(saved["objective"])
-    rows = checkpoint.read_history(folder)
-    model.save(out, objective, spec, _provenance(fingerprint, manifest, config, steps))
-    _write_history(rows, history)
-    return _summary(rows, steps, config, fingerprint)
-
-
-def work(job: dict[str, Any], device: torch.device) -> None:
-    """What each worker runs: builds everything from plain values and trains."""
-    config = PretrainConfig(**job["config"])
-    spec = model.ModelSpec(**job["spec"])
-    views = training_set.choose_views(spec.views, spec.images)
-    objective = model.build(spec, seed=config.seed)
-    data = _Data(**job["data"])
-    manifest = data.manifest()
-    with data.reader(manifest, training_set.held_out_split(manifest), config) as reader:
-        held_out = training_set.shuffled(reader, _HELD_OUT)
-    with data.reader(manifest, "train", config) as reader:
-        stream = Stream(
-            reader,
-            functools.partial(views.prepare, seed=config.seed, whole=objective.num_views),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            window=config.shuffle_shards,
-            rank=collectives.rank(),
-            world_size=collectives.world_size(),
-            threads=job["threads"],
-        )
-        try:
-            loop.fit(
-                objective,
-                stream,
-                views,
-                held_out,
-                config,
-                folder=Path(job["folder"]),
-                device=device,
-            )
-        except health.Collapsed as reason:  # an answer, not a fault: nothing to restart
-            if collectives.rank() == 0:
-                files.write(Path(job["folder"]) / _STOPPED, str(reason))
+    return data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,19 +218,20 @@ def run_fingerprint(manifest: shards.Manifest, spec: model.ModelSpec, config: Pr
 
 
 def _announce(objective: Any, manifest: shards.Manifest, config: Any, place: Any, fingerprint: str, steps: int) -> str:
+    workers = " to ".join(dict.fromkeys(map(str, place.worker_range)))
     millions = sum(parameter.numel() for parameter in objective.parameters()) / 1e6
     return (
         f"pretrain {fingerprint}: {type(objective).__name__}, {millions:.1f} M parameters, "
         f"{manifest.samples('train')} images, {config.epochs} epochs of batch {config.batch_size} = {steps} steps, "
-        f"{place.workers} worker(s) x {place.cpus_per_worker} CPU{' + 1 GPU' if place.gpu else ''}"
+        f"{workers} worker(s) x {place.cpus_per_worker} CPU{' + 1 GPU' if place.gpu else ''}"
     )
 
 
 @contextlib.contextmanager
-def _progress(folder: Path, steps: int) -> Iterator[None]:
+def _progress(address: str, steps: int) -> Iterator[None]:
     """Prints a line every few seconds while the block runs, from the history that rank 0 writes."""
     done = threading.Event()
-    thread = threading.Thread(target=_print_progress, args=(folder, steps, done), daemon=True)
+    thread = threading.Thread(target=_print_progress, args=(address, steps, done), daemon=True)
     thread.start()
     try:
         yield
@@ -189,12 +240,12 @@ def _progress(folder: Path, steps: int) -> Iterator[None]:
         thread.join()
 
 
-def _print_progress(folder: Path, steps: int, done: threading.Event) -> None:
+def _print_progress(address: str, steps: int, done: threading.Event) -> None:
     started = time.monotonic()
     first_step: float | None = None
     last_step: float = -1
     while not done.wait(5.0):
-        rows = checkpoint.read_history(folder)
+        rows = history.read(address)
         if not rows or rows[-1]["step"] == last_step:
             continue
         if first_step is None:  # of this run: what was trained before a kill says nothing about the speed now
@@ -215,8 +266,8 @@ def _last(rows: list[dict[str, float]], name: str) -> str:
 
 
 def _write_history(rows: list[dict[str, float]], path: Path) -> None:
-    """CSV for `dvc plots`: a column for every number that any row has."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    """CSV for `dvc plots`: a column for every number that any row has, but for the times of day."""
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("time", "session")]
     lines = [",".join(columns), *(",".join(str(row.get(name, "")) for name in columns) for row in rows)]
     files.write(path, "\n".join(lines) + "\n")
 
@@ -228,7 +279,7 @@ def _summary(rows: list[dict[str, float]], steps: int, config: PretrainConfig, f
         "steps": steps,
         "images": steps * config.batch_size,
         "images_per_second": float(np.median(speeds)),
-        **{name: value for name, value in rows[-1].items() if name not in ("step", "images_per_second", "epoch")},
+        **{name: value for name, value in rows[-1].items() if name not in _OF_A_ROW and "seconds" not in name},
     }
 
 
