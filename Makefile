@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # DVC runs `python`; it must be this environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo show test lint check docs bench bench-growth bench-engines bench-objectives lock clean
+.PHONY: help setup demo show test test-long lint check docs bench bench-growth bench-engines bench-objectives lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -32,6 +32,9 @@ show: setup  ## the results of the last run
 
 test: setup  ## all tests
 	$(BIN)/python -m pytest
+
+test-long: setup  ## the tests that take minutes each: every kind of fault (quarter of an hour)
+	$(BIN)/python -m pytest -m long
 
 lint: setup  ## style, types, layers
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from darkmatter.training.watchdog import STALLED, Watchdog
 HANGS = """
 import sys, threading, time
 from darkmatter.training import watchdog
-watchdog._GRACE = 0.2
+watchdog._GRACE, watchdog._FIRST = 0.2, 1000
 
 def a_loader_that_is_stuck():
     time.sleep(1000)
@@ -22,6 +22,7 @@ def a_step_that_hangs():
     time.sleep(1000)
 
 with watchdog.Watchdog(0.3, stacks=sys.argv[1]) as dog:
+    time.sleep(0.5)
     dog.alive()
     a_step_that_hangs()
 """

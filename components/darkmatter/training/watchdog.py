@@ -44,7 +44,7 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._done.wait(max(0.01, self._deadline - time.monotonic())):
+        while not self._done.wait(min(1.0, self._seconds / 10)):  # the deadline of the first step is moved nearer by it
             if time.monotonic() < self._deadline:
                 continue
             with tempfile.TemporaryFile() as file:

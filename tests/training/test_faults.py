@@ -1,0 +1,131 @@
+"""Whatever dies, whenever: the run ends in the weights of the one that nothing happened to. On a real Ray, two workers."""
+
+import functools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import faults
+import pytest
+
+from darkmatter import files, shards
+from darkmatter.console import Stopped
+from darkmatter.training import history
+from darkmatter.training.checkpoint import Checkpoints
+
+#: place and kind; of a rank each. A step is followed by a save every five.
+FEW = [("step", 1, "sleep"), ("load", 0, "exception"), ("save", 0, "SIGKILL"), ("step", 1, "SIGKILL")]
+MANY = [
+    *[("step", rank, kind) for kind in faults.WORKER for rank in (0, 1)],
+    *[("load", rank, kind) for kind in ("sleep", "exception") for rank in (0, 1)],
+    *[("save", 0, kind) for kind in ("SIGKILL", "exit", "crash")],
+]
+
+
+def weights(folder: Path) -> dict[str, str]:
+    return {name: files.sha256(folder / "model" / name) for name in ("backbone.safetensors", "objective.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def reference(digits: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    """Nor does it matter where data comes from: this one streams it."""
+    folder = tmp_path_factory.mktemp("reference")
+    faults.train(digits / "train", folder, data=str(folder / "sent"))
+    cached = {path.stem for path in (folder / "cache").glob("*.tar")}
+    assert cached == {shard.sha256 for shard in shards.Manifest.load(digits / "train").shards}
+    return folder
+
+
+@pytest.fixture
+def by_value() -> Iterator[None]:
+    """Workers do not find the modules of tests."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(faults)
+    yield
+    cloudpickle.unregister_pickle_by_value(faults)
+
+
+@pytest.mark.parametrize("kinds", [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.long)])
+def test_a_run_that_is_hit_again_and_again_ends_in_the_same_weights(
+    kinds: list[tuple[str, int, str]],
+    digits: Path,
+    tmp_path: Path,
+    reference: Path,
+    by_value: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Faults in steps and loading strike between two saves, those in saves at one: numbers that 5 divides.
+    schedule = [
+        [5 * (number + 1) + (0 if place == "save" else 2), rank, place, kind]
+        for number, (place, rank, kind) in enumerate(kinds)
+    ]
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    summary = faults.train(digits / "train", tmp_path, functools.partial(faults.work, schedule, str(marks)))
+    assert sorted(path.name for path in marks.iterdir()) == sorted(map(str, range(len(kinds))))
+    assert weights(tmp_path) == weights(reference)
+    told = capsys.readouterr().err
+    assert len(re.findall(r"restart \d of 2 from step", told)) == len(kinds)
+    run = next((tmp_path / "storage").glob("pretrain-*"))
+    done = history.read_all(str(run))
+    assert len(done) - summary["steps"] <= len(kinds) * 6, "more than an interval of work was lost for each"
+    stood_still = [kind for _, _, kind in kinds if kind in ("sleep", "SIGSTOP")]
+    stacks = [path.read_text() for path in (run / "stacks").iterdir()]
+    assert len(stacks) >= len(stood_still)
+    assert any("faults.py" in text and "in strike" in text for text in stacks)
+    assert [row["step"] for row in history.read(str(run))] == list(range(1, summary["steps"] + 1))
+    assert sum(summary["lost_to"].values()) + summary["goodput"] == pytest.approx(1, abs=0.01)
+
+
+def test_failures_without_progress_end_the_run_with_the_reason(
+    digits: Path, tmp_path: Path, by_value: None, ray_session: None
+) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    schedule = [[7, 0, "step", "exception"]] * 2
+    message = r"failed 2 times in a row from step 5 on, at last with: worker 0: .*a fault on purpose"
+    with pytest.raises(Stopped, match=message):
+        faults.train(digits / "train", tmp_path, functools.partial(faults.work, schedule, str(marks)), max_restarts=1)
+    assert Checkpoints(str(next((tmp_path / "storage").glob("pretrain-*"))), keep=2).newest_step() == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ("SIGTERM", 75),
+        pytest.param("SIGKILL", -signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param("SIGSEGV", -signal.SIGSEGV, marks=pytest.mark.long),
+    ],
+)
+def test_a_driver_that_dies_or_is_asked_to_end_goes_on_when_it_is_run_again(
+    kind: str, status: int, digits: Path, tmp_path: Path, reference: Path
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "ignore", faults.__file__, str(digits / "train"), str(tmp_path)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    reached = 0.0
+    while process.poll() is None and reached < 23:
+        folders = list((tmp_path / "storage").glob("pretrain-*"))
+        rows = history.read(str(folders[0])) if folders else []
+        reached = rows[-1]["step"] if rows else 0
+        time.sleep(0.02)
+    os.kill(process.pid, getattr(signal, kind))
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == status, told
+    saved = Checkpoints(str(next((tmp_path / "storage").glob("pretrain-*"))), keep=2).newest_step()
+    if kind == "SIGTERM":
+        assert f"asked to stop: saved at step {saved} in" in told
+        assert saved >= 23
+    else:
+        assert saved >= 20
+    assert saved < 120
+    time.sleep(2)  # workers of a driver that was killed end by themselves
+    summary = faults.train(digits / "train", tmp_path)
+    assert weights(tmp_path) == weights(reference)
+    assert (summary["lost_to"]["recovery"] > 0) or kind == "SIGTERM"
