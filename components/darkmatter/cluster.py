@@ -23,6 +23,8 @@ from darkmatter.params import Config
 
 Answer = TypeVar("Answer")
 
+_GROW_EVERY = 30.0  # seconds between two looks at whether more workers could be had
+
 
 class PlaceConfig(Config):
     """The section `place` of params.yaml: where things run. No stage depends on it and it decides no result."""
@@ -154,6 +156,7 @@ def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig
             torch_config=TorchConfig(backend="nccl" if place.gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=most if least == most else (least, most),
+                elastic_resize_monitor_interval_s=_GROW_EVERY,
                 use_gpu=place.gpu,
                 resources_per_worker={"CPU": place.cpus_per_worker, **({"GPU": 1} if place.gpu else {})},
             ),

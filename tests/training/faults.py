@@ -1,7 +1,6 @@
 """Faults on purpose, at a step and a rank, once each: what `pretrain.work` runs in a test, and a driver to kill."""
 
 import ctypes
-import functools
 import json
 import os
 import signal
@@ -73,10 +72,12 @@ def train(
     from darkmatter import cluster
     from darkmatter.training import pretrain
 
-    config = runs.CONFIG.model_copy(update={"epochs": 12, "save_every": 5, "health_every": 60})
+    epochs = changes.pop("epochs", 12)
+    config = runs.CONFIG.model_copy(update={"epochs": epochs, "save_every": 5, "health_every": 60})
     place = cluster.PlaceConfig(**{
         "workers": 2, "cpus_per_worker": 1, "gpu": False, "storage": str(folder / "storage"), "data": "", "max_restarts": 2,
-        "cache": str(folder / "cache"), "cache_gibibytes": 1.0, "stall_seconds": 8.0, "keep_checkpoints": 2, "mlflow": "",
+        "cache": str(folder / "cache"), "cache_gibibytes": 1.0, "stall_seconds": 8.0, "keep_checkpoints": 2,
+        "mlflow": "http://127.0.0.1:9",  # where nobody listens: it costs a message only
         **changes,
     })  # fmt: skip
     plain = pretrain.work
@@ -93,7 +94,8 @@ if __name__ == "__main__":
     from darkmatter import cluster, console
 
     def main() -> None:
+        cluster._GROW_EVERY = 2.0
         with cluster.session():
-            print(json.dumps(train(Path(sys.argv[1]), Path(sys.argv[2]))))
+            print(json.dumps(train(Path(sys.argv[1]), Path(sys.argv[2]), **json.loads(sys.argv[3]))))
 
-    console.run(functools.partial(main))
+    console.run(main)

@@ -1,6 +1,7 @@
 """Whatever dies, whenever: the run ends in the weights of the one that nothing happened to. On a real Ray, two workers."""
 
 import functools
+import json
 import os
 import re
 import signal
@@ -107,7 +108,7 @@ def test_a_driver_that_dies_or_is_asked_to_end_goes_on_when_it_is_run_again(
     kind: str, status: int, digits: Path, tmp_path: Path, reference: Path
 ) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-W", "ignore", faults.__file__, str(digits / "train"), str(tmp_path)]
+    command = [sys.executable, "-W", "ignore", faults.__file__, str(digits / "train"), str(tmp_path), "{}"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     reached = 0.0
     while process.poll() is None and reached < 23:
@@ -129,3 +130,45 @@ def test_a_driver_that_dies_or_is_asked_to_end_goes_on_when_it_is_run_again(
     summary = faults.train(digits / "train", tmp_path)
     assert weights(tmp_path) == weights(reference)
     assert (summary["lost_to"]["recovery"] > 0) or kind == "SIGTERM"
+
+
+def test_a_node_that_is_lost_and_comes_back_changes_the_speed_only(digits: Path, tmp_path: Path) -> None:
+    """Two nodes, then one, then two: the global batch, its order and the loss are those of an undisturbed run."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    }
+    nodes = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(Path(faults.__file__).with_name("elastic.py"))],
+        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert nodes.stdin
+    assert nodes.stdout
+    run = tmp_path / "run"
+    try:
+        address = next(line.strip() for line in nodes.stdout if ":" in line)
+        changes = json.dumps({"workers": [1, 2], "epochs": 60})
+        driver = subprocess.Popen(
+            [sys.executable, "-W", "ignore", faults.__file__, str(digits / "train"), str(run), changes],
+            env={**environment, "RAY_ADDRESS": address}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        for least, what in ((20, "lose"), (60, "add")):
+            while driver.poll() is None and max((row["step"] for row in rows_of(run)), default=0) < least:
+                time.sleep(0.05)
+            nodes.stdin.write(f"{what}\n")
+            nodes.stdin.flush()
+        told, _ = driver.communicate(timeout=300)
+    finally:
+        nodes.stdin.close()
+        nodes.wait(60)
+    assert driver.returncode == 0, told[-5000:]
+    print(told)
+    sizes = [row["workers"] for row in rows_of(run)]
+    assert {1, 2} <= set(sizes)
+    assert sizes[0] == sizes[-1] == 2
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    found = list((folder / "storage").glob("pretrain-*"))
+    return history.read_all(str(found[0])) if found else []

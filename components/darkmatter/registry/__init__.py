@@ -1,7 +1,6 @@
 """The model registry: the gate that decides, the package that is registered, and how it is loaded again."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field
 
+from darkmatter import tracking
 from darkmatter.params import Config
 
 
@@ -52,7 +52,7 @@ def connect(uri: str) -> None:
     """
     import mlflow
 
-    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or uri)
+    mlflow.set_tracking_uri(tracking.uri_of(uri))
 
 
 def champion(name: str) -> Champion | None:

@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from darkmatter import files, images, lineage, model
+from darkmatter import files, images, lineage, model, tracking
 from darkmatter.backbones import Backbone
 from darkmatter.registry import RegisterConfig, champion, gate
 
-_EXPERIMENT = "darkmatter"
 _EMBEDDER = Path(__file__).with_name("_embedder.py")
 
 
@@ -103,14 +101,14 @@ def _new_version(
         "training_data": provenance["training_data"],
         "fingerprint": provenance["fingerprint"],
     }
-    mlflow.set_experiment(_EXPERIMENT)
-    name = f"{spec.objective['name']}-{provenance['fingerprint']}"
-    with mlflow.start_run(run_name=name) as run, tempfile.TemporaryDirectory() as temporary:
+    client = mlflow.MlflowClient()
+    record = tracking.begin(client, provenance["fingerprint"], spec.objective["name"])  # pretraining has begun it
+    with mlflow.start_run(run_id=record), tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         mlflow.set_tags({**tags, "mlflow.source.git.commit": tags["git_commit"]})
         mlflow.log_params(_flatten(params))
         mlflow.log_metrics(_numbers(scores))
-        _log_history(run.info.run_id, history)
+        tracking.send(client, record, history)  # what MLflow missed then
         card = scratch / "MODEL_CARD.md"
         card.write_text(_card(spec, scores, provenance, tags, objective.backbone.num_features, config))
         for path in (card, *attachments):
@@ -180,21 +178,6 @@ def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
                     name = f"{evaluation}/{protocol}/{subject}".replace("=", " ")
                     found[name] = value["mean"]
     return found
-
-
-def _log_history(run_id: str, history: Sequence[Mapping[str, float]]) -> None:
-    import mlflow
-    from mlflow.entities import Metric
-
-    now = int(time.time() * 1000)
-    metrics = [
-        Metric(f"train/{name}", value, now, int(row["step"]))
-        for row in history
-        for name, value in row.items()
-        if name != "step"
-    ]
-    for start in range(0, len(metrics), 1000):  # MLflow takes at most a thousand at once
-        mlflow.MlflowClient().log_batch(run_id, metrics=metrics[start : start + 1000])
 
 
 def _card(

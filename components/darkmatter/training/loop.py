@@ -195,6 +195,7 @@ class _Recorder:
             "skipped_not_finite": state.numbers.not_finite,
             "skipped_spikes": state.numbers.spikes,
             "images_per_second": round(images / max(sum(times.values()), 1e-9), 1),
+            "workers": collectives.world_size(),
             **times,
             "time": time.time(),
             "session": self._session,

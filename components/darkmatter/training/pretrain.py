@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from darkmatter import cluster, collectives, files, lineage, model, plugin, shards, training_set
+from darkmatter import cluster, collectives, files, lineage, model, plugin, shards, tracking, training_set
 from darkmatter.console import Preempted, Stopped
 from darkmatter.store import Store
 from darkmatter.stream import Stream, steps_per_epoch
@@ -22,7 +22,7 @@ from darkmatter.training.lease import Lease
 from darkmatter.training.run import Run
 from darkmatter.training.watchdog import Watchdog
 
-_OF_A_ROW = ("step", "epoch", "images_per_second", "time", "session")  # not of the whole run
+_OF_A_ROW = ("step", "epoch", "images_per_second", "time", "session", "workers")  # not of the whole run
 _HELD_OUT = 512  # samples behind each energy margin: its standard error is about 0.01 at 0.95
 
 
@@ -75,7 +75,11 @@ def pretrain(
                 "config": config.model_dump(),
                 "run": {"fingerprint": run.fingerprint, "place": place, "session": run.session},
             }
-            with _progress(run.address, steps):
+            rows_so_far = functools.partial(history.read, run.address)
+            with (
+                _progress(run.address, steps),
+                tracking.sending(place.mlflow, run.fingerprint, spec.objective["name"], rows_so_far),
+            ):
                 _train_through_failures(run, job)
         rows = history.read(run.address)
         _write_history(rows, plot)  # what led to an early end can be looked at
