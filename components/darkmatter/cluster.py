@@ -23,13 +23,15 @@ from darkmatter.params import Config
 
 Answer = TypeVar("Answer")
 
+_Count = Annotated[int, Field(gt=0)]
+
 _GROW_EVERY = 30.0  # seconds between two looks at whether more workers could be had
 
 
 class PlaceConfig(Config):
     """The section `place` of params.yaml: where things run. No stage depends on it and it decides no result."""
 
-    workers: Annotated[int, Field(gt=0)] | tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+    workers: _Count | Annotated[list[_Count], Field(min_length=2, max_length=2)]
     """Processes of distributed training; each holds a copy of the model. Two numbers are the fewest and the most: training
     goes on with fewer when a node is lost, and with more when one comes. The global batch stays, so that each number between
     must divide it."""
@@ -61,12 +63,13 @@ class PlaceConfig(Config):
     @property
     def worker_range(self) -> tuple[int, int]:
         """The fewest and the most workers."""
-        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+        least, most = (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+        return least, most
 
     @field_validator("workers")
     @classmethod
-    def _rising(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
-        if isinstance(value, tuple) and value[0] > value[1]:
+    def _rising(cls, value: int | list[int]) -> int | list[int]:
+        if isinstance(value, list) and value[0] > value[1]:
             raise ValueError(f"the fewest workers, {value[0]}, are more than the most, {value[1]}")
         return value
 

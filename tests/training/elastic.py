@@ -4,7 +4,7 @@ import sys
 
 from ray.cluster_utils import Cluster
 
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "dashboard_port": int(sys.argv[1])})
 second = cluster.add_node(num_cpus=1)
 print(cluster.address, flush=True)
 for line in sys.stdin:

@@ -14,6 +14,7 @@ from pathlib import Path
 import faults
 import pytest
 
+from conftest import free_port
 from darkmatter import files, shards
 from darkmatter.console import Stopped
 from darkmatter.training import history
@@ -132,7 +133,10 @@ def test_a_driver_that_dies_or_is_asked_to_end_goes_on_when_it_is_run_again(
     assert (summary["lost_to"]["recovery"] > 0) or kind == "SIGTERM"
 
 
-def test_a_node_that_is_lost_and_comes_back_changes_the_speed_only(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.long
+def test_a_node_that_is_lost_and_comes_back_changes_the_speed_only(
+    digits: Path, tmp_path: Path, ray_session: None
+) -> None:
     """Two nodes, then one, then two: the global batch, its order and the loss are those of an undisturbed run."""
     environment = {
         **os.environ,
@@ -140,7 +144,7 @@ def test_a_node_that_is_lost_and_comes_back_changes_the_speed_only(digits: Path,
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     }
     nodes = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(Path(faults.__file__).with_name("elastic.py"))],
+        [sys.executable, "-W", "ignore", str(Path(faults.__file__).with_name("elastic.py")), str(free_port())],
         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert nodes.stdin
@@ -148,7 +152,7 @@ def test_a_node_that_is_lost_and_comes_back_changes_the_speed_only(digits: Path,
     run = tmp_path / "run"
     try:
         address = next(line.strip() for line in nodes.stdout if ":" in line)
-        changes = json.dumps({"workers": [1, 2], "epochs": 60})
+        changes = json.dumps({"workers": [1, 2], "epochs": 40})
         driver = subprocess.Popen(
             [sys.executable, "-W", "ignore", faults.__file__, str(digits / "train"), str(run), changes],
             env={**environment, "RAY_ADDRESS": address}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -162,11 +166,16 @@ def test_a_node_that_is_lost_and_comes_back_changes_the_speed_only(digits: Path,
     finally:
         nodes.stdin.close()
         nodes.wait(60)
+        nodes.stdout.close()
     assert driver.returncode == 0, told[-5000:]
-    print(told)
     sizes = [row["workers"] for row in rows_of(run)]
-    assert {1, 2} <= set(sizes)
-    assert sizes[0] == sizes[-1] == 2
+    assert [size for size, before in zip(sizes, [0, *sizes], strict=False) if size != before] == [2, 1, 2]
+    faults.train(digits / "train", tmp_path / "undisturbed", epochs=40)
+    found, expected = (
+        [row["loss"] for row in history.read(str(next((folder / "storage").glob("pretrain-*"))))][:120]
+        for folder in (run, tmp_path / "undisturbed")
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:

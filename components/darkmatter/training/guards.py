@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from darkmatter import health
+from darkmatter import collectives, health
 from darkmatter.console import Stopped
 from darkmatter.objectives import Objective
 
@@ -70,7 +70,8 @@ class Numbers:
             self._seen += 1
         if reason:
             _copy(self._buffers, self._before)
-            print(f"darkmatter: step {step} is skipped: {reason}", file=sys.stderr, flush=True)
+            if collectives.rank() == 0:
+                print(f"darkmatter: step {step} is skipped: {reason}", file=sys.stderr, flush=True)
         if self._in_a_row >= IN_A_ROW:
             raise NotFinite(
                 f"step {step} is the last of {IN_A_ROW} in a row skipped: {reason}; lower the learning rate"
@@ -117,7 +118,7 @@ class Collapse:
         low = margin < min(self._floor, self._best + _RISE)
         self._low_looks = self._low_looks + 1 if low else 0
         self._best = max(self._best, margin)
-        if low:
+        if low and collectives.rank() == 0:
             print(f"darkmatter: energy margin {margin:.3f} at step {step}: collapsing?", file=sys.stderr, flush=True)
         if self._low_looks >= _PATIENCE:
             raise health.Collapsed(
