@@ -110,7 +110,10 @@ def test_a_page_is_made_of_it(results: evaluate.Results, tmp_path: Path) -> None
                 "samples_by_split": {"train": 5},
             },
             "augment": {},
-            "pretrain": {"steps": 10, "images": 100, "images_per_second": 5.0, "fingerprint": "f" * 16},
+            "pretrain": {
+                "steps": 10, "images": 100, "images_per_second": 5.0, "fingerprint": "f" * 16,
+                "goodput": 0.75, "wall_seconds": 12.0, "lost_to": {"start": 0.2, "recovery": 0.05},
+            },
         },
         decision={"version": None, "alias": [], "new": False, "rules": {"not collapsed": rule}},
         params=params.read(Path(__file__).parent.parent / "params.yaml"),
@@ -121,6 +124,8 @@ def test_a_page_is_made_of_it(results: evaluate.Results, tmp_path: Path) -> None
     assert "http" not in html.replace("http-equiv", "")
     assert "Refused: the model is not not collapsed" not in html
     assert "&lt;more&gt;" in html
+    assert "Goodput 75.0% of 12 s" in html
+    assert "start 20.0%, recovery 5.0%." in html
     for words in ("5-way 5-shot", "pretrained", "champion", "pixels", "FAIL  not collapsed", "not measured: 0 classes"):
         assert words in text
     assert "Refused" in page.verdict()

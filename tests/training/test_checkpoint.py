@@ -150,8 +150,8 @@ def test_a_number_that_is_not_finite_is_never_saved(bad: float, tmp_path: Path) 
     wrong = state(3)
     wrong["groups"][0]["moments"][1] = bad
     with (
-        Saver(Checkpoints(str(tmp_path), keep=2)) as saver,
         pytest.raises(guards.NotFinite, match=r"groups.0.moments is not finite at step 3"),
+        Saver(Checkpoints(str(tmp_path), keep=2)) as saver,
     ):
         saver.save(3, wrong)
     assert not list(tmp_path.iterdir())

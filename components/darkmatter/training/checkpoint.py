@@ -155,12 +155,15 @@ class Saver:
         """Copies the state and writes it later; the copy is on the CPU and is used again.
 
         Raises:
-            NotFinite: a weight or another number of the state. Nothing is written.
+            NotFinite: a weight or another number of the state that was to be saved last. It was not written.
         """
         self._settle(last=False)
         self._copy = _copied(state, self._copy)
+        self._pending = self._pool.submit(self._write, step, energy_margin)
+
+    def _write(self, step: int, energy_margin: float | None) -> None:
         guards.require_finite(self._copy, step)
-        self._pending = self._pool.submit(self._checkpoints.save, step, self._copy, energy_margin)
+        self._checkpoints.save(step, self._copy, energy_margin)
 
     def _settle(self, *, last: bool) -> None:
         """Waits for the save that is being written."""
