@@ -85,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(1)
     about = (
         f"`benchmarks/training.py`, {datetime.date.today()}, torch {torch.__version__}, one thread, {arguments.rounds} "
-        "rounds; weights and AdamW's moments, float32, to a local disk with fsync and sha256. The last column is the speed of a "
+        "rounds; weights and AdamW's moments, float32, to a disk with fsync and sha256. The last column is the speed of a "
         "small training step while a save is written, against its speed when none is, on the same two cores."
     )
     replace_section(PAGE, "## What a checkpoint costs the loop", [about, "", *saving_section(arguments.rounds)])

@@ -72,8 +72,8 @@ def train(
     from darkmatter import cluster
     from darkmatter.training import pretrain
 
-    epochs = changes.pop("epochs", 12)
-    config = runs.CONFIG.model_copy(update={"epochs": epochs, "save_every": 5, "health_every": 60})
+    of_config = {name: changes.pop(name) for name in ("epochs", "learning_rate") if name in changes}
+    config = runs.CONFIG.model_copy(update={"epochs": 12, "save_every": 5, "health_every": 60, **of_config})
     place = cluster.PlaceConfig(**{
         "workers": 2, "cpus_per_worker": 1, "gpu": False, "storage": str(folder / "storage"), "data": "", "max_restarts": 2,
         "cache": str(folder / "cache"), "cache_gibibytes": 1.0, "stall_seconds": 8.0, "keep_checkpoints": 2,

@@ -12,6 +12,7 @@ import runs
 import torch
 
 from darkmatter import health
+from darkmatter.objectives import Objective, Samples, Terms, Views
 from darkmatter.training import guards, history
 from darkmatter.training.checkpoint import Checkpoints
 
@@ -113,3 +114,31 @@ def test_a_learning_rate_that_blows_up_ends_the_run_and_no_checkpoint_holds_it(d
         runs.run(digits / "train", tmp_path, "vicreg", config=wild)
     for path in tmp_path.glob("step-*/state.pt"):
         guards.require_finite(torch.load(path), step=0)
+
+
+def test_steps_whose_numbers_are_not_finite_are_skipped_whole_and_counted(digits: Path, tmp_path: Path) -> None:
+    short, bad, calls, after = runs.CONFIG.model_copy(update={"epochs": 2}), {3, 4, 9}, [], []
+
+    def prepare(objective: Objective) -> None:
+        loss, after_step = objective.loss, objective.after_step
+
+        def broken(views: Views, samples: Samples) -> Terms:
+            calls.append(len(calls))
+            return {
+                name: value * (math.nan if calls[-1] in bad else 1.0) for name, value in loss(views, samples).items()
+            }
+
+        def counted(progress: float) -> None:
+            after.append(progress)
+            after_step(progress)
+
+        objective.loss, objective.after_step = broken, counted  # type: ignore[method-assign]
+
+    state = runs.run(digits / "train", tmp_path, "dino", config=short, prepare=prepare)
+    guards.require_finite(state.state_dict(), state.step)
+    assert state.numbers.not_finite == len(bad)
+    assert len(calls) == state.step
+    assert after == [step / state.step for step in range(state.step) if step not in bad]
+    rows = history.read(str(tmp_path))
+    assert [row["skipped_not_finite"] for row in rows[2:10]] == [0, 1, 2, 2, 2, 2, 2, 3]
+    assert all(("loss" in row) == (row["step"] - 1 not in bad) for row in rows)

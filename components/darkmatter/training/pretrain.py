@@ -64,8 +64,9 @@ def pretrain(
     for workers in range(least, most + 1):
         steps = config.epochs * steps_per_epoch(manifest.samples("train"), config.batch_size, workers)
     objective = model.build(spec, seed=config.seed)  # a wrong option fails here, before any process is started
-    run = Run(run_fingerprint(manifest, spec, config), place)
-    print(_announce(objective, manifest, config, place, run.fingerprint, steps), flush=True)
+    fingerprint = run_fingerprint(manifest, spec, config)
+    run = Run.of(fingerprint, place)
+    print(_announce(objective, manifest, config, place, fingerprint, steps), flush=True)
     with Lease(run.address), run.stopping_at_sigterm():
         if not run.stopped():
             data = _publish(train_folder, manifest, config, place)
@@ -73,12 +74,12 @@ def pretrain(
                 "data": dataclasses.asdict(data),
                 "spec": spec.model_dump(),
                 "config": config.model_dump(),
-                "run": {"fingerprint": run.fingerprint, "place": place, "session": run.session},
+                "run": {"address": run.address, "place": place, "session": run.session},
             }
             rows_so_far = functools.partial(history.read, run.address)
             with (
                 _progress(run.address, steps),
-                tracking.sending(place.mlflow, run.fingerprint, spec.objective["name"], rows_so_far),
+                tracking.sending(place.mlflow, fingerprint, spec.objective["name"], rows_so_far),
             ):
                 _train_through_failures(run, job)
         rows = history.read(run.address)
@@ -89,10 +90,10 @@ def pretrain(
         if saved is None or saved["step"] != steps:
             raise RuntimeError(f"training ended without its last checkpoint in {run.address}")
         objective.load_state_dict(saved["objective"])
-        model.save(out, objective, spec, _provenance(run.fingerprint, manifest, config, steps))
+        model.save(out, objective, spec, _provenance(fingerprint, manifest, config, steps))
         lost = goodput.shares(history.read_all(run.address), ended=time.time())
     times = {"goodput": lost.pop("step"), "wall_seconds": lost.pop("wall_seconds"), "lost_to": lost}
-    return _summary(rows, steps, config, run.fingerprint) | times
+    return _summary(rows, steps, config, fingerprint) | times
 
 
 def _train_through_failures(run: Run, job: dict[str, Any]) -> None:
@@ -107,7 +108,7 @@ def _train_through_failures(run: Run, job: dict[str, Any]) -> None:
     while True:
         failure = None
         try:
-            cluster.train(work, job, run.place, name=f"pretrain-{run.fingerprint}")
+            cluster.train(work, job, run.place, name=run.address.rpartition("/")[2])
         except cluster.WorkersFailed as error:
             failure = error
         before, step = step, run.checkpoints.newest_step()

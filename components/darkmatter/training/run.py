@@ -19,20 +19,23 @@ _LOOK_EVERY = 1.0  # seconds between two looks of a worker at that
 
 @dataclasses.dataclass
 class Run:
-    fingerprint: str
+    address: str
+    """Where its files lie; an absolute path, since workers have a folder of their own."""
     place: cluster.PlaceConfig
     session: float = dataclasses.field(default_factory=time.time)
     """When this call of the stage began, seconds since 1970."""
 
     def __post_init__(self) -> None:
-        storage = self.place.storage
-        self.address = remote.join(
-            storage if remote.is_remote(storage) else str(Path(storage).resolve()), f"pretrain-{self.fingerprint}"
-        )
         self.checkpoints = Checkpoints(self.address, keep=self.place.keep_checkpoints)
         self.asked = False
         """Whether the driver was asked to stop."""
         self._looked = 0.0
+
+    @classmethod
+    def of(cls, fingerprint: str, place: cluster.PlaceConfig) -> "Run":
+        """For the driver: the run of this fingerprint in `place.storage`."""
+        storage = place.storage if remote.is_remote(place.storage) else str(Path(place.storage).resolve())
+        return cls(remote.join(storage, f"pretrain-{fingerprint}"), place)
 
     def stop(self, reason: Stopped) -> None:
         """The run ends, for good."""
