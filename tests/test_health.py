@@ -48,3 +48,13 @@ def test_looking_leaves_the_mode_and_the_statistics_alone() -> None:
     health.embeddings(method, images)
     assert method.training
     assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+
+
+def test_spread_is_nothing_at_one_point_and_one_in_all_directions() -> None:
+    draws = torch.Generator().manual_seed(0)
+    assert health.spread(torch.ones(50, 8)) == pytest.approx(0, abs=1e-6)
+    assert health.spread(torch.randn(4000, 64, generator=draws)) == pytest.approx(1, abs=0.01)
+    flat = torch.zeros(4000, 64)
+    flat[:, :4] = torch.randn(4000, 4, generator=draws)
+    assert health.spread(flat) == pytest.approx(4 * 0.5 / 8, abs=0.01)  # four dimensions of deviation 1/2
+    assert health.spread(7 * flat) == pytest.approx(health.spread(flat))

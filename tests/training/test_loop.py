@@ -11,7 +11,7 @@ import pytest
 import runs
 import torch
 
-from darkmatter import health
+from darkmatter import health, remote
 from darkmatter.objectives import Objective, Samples, Terms, Views
 from darkmatter.training import guards, history
 from darkmatter.training.checkpoint import Checkpoints
@@ -142,3 +142,22 @@ def test_steps_whose_numbers_are_not_finite_are_skipped_whole_and_counted(digits
     rows = history.read(str(tmp_path))
     assert [row["skipped_not_finite"] for row in rows[2:10]] == [0, 1, 2, 2, 2, 2, 2, 3]
     assert all(("loss" in row) == (row["step"] - 1 not in bad) for row in rows)
+
+
+def test_rows_that_led_to_an_early_end_are_written_where_a_store_takes_whole_files_only(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history.remote, "is_remote", lambda address: address.endswith("/history.jsonl"))
+    monkeypatch.setattr(history, "_PATIENCE", 1000.0)
+    monkeypatch.setattr(history.remote, "read", read_local)
+    monkeypatch.setattr(history.remote, "write", lambda address, content: Path(address).write_bytes(content))
+    picky = runs.CONFIG.model_copy(update={"min_energy_margin": 0.999, "save_every": 1000})
+    with pytest.raises(health.Collapsed, match=r"collapse at step (\d+)") as reason:
+        runs.run(digits / "train", tmp_path, "simclr", config=picky)
+    assert f"collapse at step {history.read(str(tmp_path))[-1]['step']}:" in str(reason.value)
+
+
+def read_local(address: str, **_: object) -> bytes:
+    if not Path(address).is_file():
+        raise remote.Unreadable("missing", address)
+    return Path(address).read_bytes()

@@ -1,5 +1,6 @@
 """The training loop. There is one."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -94,7 +95,8 @@ def fit(
     recorder = _Recorder(checkpoints.address, state, config, session) if collectives.rank() == 0 else None
     margin, clock = None, Clock()
 
-    with Saver(checkpoints) as saver:
+    # Rows that wait must be written also where the loop ends with a reason: they led there.
+    with Saver(checkpoints) as saver, contextlib.closing(recorder) if recorder else contextlib.nullcontext():
         for batch in stream.batches(state.step, total):
             clock.spent("data")
             set_learning_rate(
@@ -141,8 +143,6 @@ def fit(
             alive()
             if ending:
                 break
-    if recorder:
-        recorder.close()
     return state
 
 
