@@ -20,6 +20,12 @@ os.environ["TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"] = "2"  # of a worker that i
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # a run of seconds should not wait two for its end
 
 
+@pytest.fixture(autouse=True)
+def no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mlflow.set_tracking_uri` writes into the environment, where the next test would find it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A Ray of this test run, ended by its own handle."""
@@ -33,6 +39,22 @@ def ray_session() -> Iterator[None]:
 def digits(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
     """A folder with data/shards and data/train made of 600 of the built-in digits by the real stages."""
     return make_digits(tmp_path_factory.mktemp("digits"), every=8)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def address(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """To write below: in a folder of this machine, or on a server that speaks S3."""
+    import s3
+    from darkmatter import remote
+
+    if request.param == "folder":
+        yield str(tmp_path / "run")
+        return
+    (tmp_path / "bucket").mkdir()
+    with s3.server(tmp_path, remembers="1m") as port:
+        s3.use(monkeypatch, port)
+        yield "s3://bucket/runs/run"
+        remote._opened.cache_clear()
 
 
 def make_digits(root: Path, *, every: int) -> Path:

@@ -18,8 +18,7 @@ def rows(*steps: int) -> list[dict[str, float]]:
 
 
 @pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mlflow.MlflowClient:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def client(tmp_path: Path) -> mlflow.MlflowClient:
     return mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
 
 
@@ -72,7 +71,6 @@ def test_rows_wait_for_a_server_that_is_away(
 ) -> None:
     uri, started = late_server
     monkeypatch.setattr(tracking, "_EVERY", 0.2)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     trained = rows(1, 2)
     with tracking.sending(uri, "f1", "simclr", lambda: list(trained)):

@@ -9,7 +9,6 @@ import itertools
 import logging
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -144,7 +143,7 @@ def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig
         WorkersFailed: a worker died or raised; all are gone.
     """
     # A worker that does not answer, since it is stopped or its machine hangs, is given up after as long as one that answers
-    # but makes no step. Ray reads this when it is first imported; its own default is 600.
+    # but makes no step. Ray's own default is 600.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(place.stall_seconds))
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -152,7 +151,8 @@ def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig
 
     _check_resources(place)
     least, most = place.worker_range
-    with _scratch(place.storage) as (storage, filesystem):
+    name = f"{name}-{time.time_ns()}"  # restarts are ours: Ray must not find what it knew of an earlier one
+    with _scratch(place.storage, name) as (storage, filesystem):
         trainer = TorchTrainer(
             _work,
             train_loop_config={"function": function, "job": job},
@@ -164,7 +164,7 @@ def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig
                 resources_per_worker={"CPU": place.cpus_per_worker, **({"GPU": 1} if place.gpu else {})},
             ),
             run_config=RunConfig(
-                name=f"{name}-{time.time_ns()}",  # restarts are ours: Ray must not find what it knew of an earlier one
+                name=name,
                 storage_path=storage,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=0),
@@ -186,18 +186,20 @@ def _last_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _scratch(storage: str) -> Iterator[tuple[str, Any]]:
-    """A folder that Ray wants all nodes to share, and the file system it is on. Nothing in it outlives the block."""
-    address = f"{storage.rstrip('/')}/ray"
-    if not remote.is_remote(storage):
-        yield str(Path(address).resolve()), None
-        shutil.rmtree(address, ignore_errors=True)
-        return
-    import pyarrow.fs
+def _scratch(storage: str, name: str) -> Iterator[tuple[str, Any]]:
+    """A folder that Ray wants all nodes to share, and the file system it is on. What it calls `name` there does not outlive
+    the block; other runs may use the folder too."""
+    address = f"{storage if remote.is_remote(storage) else Path(storage).resolve()}/ray"
+    try:
+        if remote.is_remote(address):
+            import pyarrow.fs
 
-    filesystem, path = remote.file_system(address)
-    yield path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
-    remote.remove_folder(address)
+            filesystem, path = remote.file_system(address)
+            yield path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
+        else:
+            yield address, None
+    finally:
+        remote.remove_folder(remote.join(address, name))
 
 
 def _check_resources(place: PlaceConfig) -> None:

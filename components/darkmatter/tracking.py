@@ -3,6 +3,7 @@
 MLflow may be away at any time: the history beside the checkpoints holds all rows, and what was not sent is sent later.
 """
 
+import functools
 import os
 import sys
 import threading
@@ -10,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from darkmatter.beside import beside
 
 EXPERIMENT = "darkmatter"
 
@@ -74,14 +77,8 @@ def sending(uri: str, fingerprint: str, name: str, read: Callable[[], Sequence[M
         name: of the method.
         read: all rows so far, each step once.
     """
-    done = threading.Event()
-    thread = threading.Thread(target=_send_until, args=(uri, fingerprint, name, read, done), name="mlflow", daemon=True)
-    thread.start()
-    try:
+    with beside(functools.partial(_send_until, uri, fingerprint, name, read), "mlflow"):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _send_until(

@@ -21,7 +21,6 @@ CONFIG = RegisterConfig(model="test-backbone", protocol="5-way 5-shot", min_ener
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow writes there what was set last
     registry.connect(f"sqlite:///{tmp_path}/mlflow.db")
     return tmp_path
 

@@ -69,17 +69,11 @@ def train(
     """The stage on two workers; returns its summary."""
     import runs
 
-    from darkmatter import cluster
     from darkmatter.training import pretrain
 
     of_config = {name: changes.pop(name) for name in ("epochs", "learning_rate") if name in changes}
     config = runs.CONFIG.model_copy(update={"epochs": 12, "save_every": 5, "health_every": 60, **of_config})
-    place = cluster.PlaceConfig(**{
-        "workers": 2, "cpus_per_worker": 1, "gpu": False, "storage": str(folder / "storage"), "data": "", "max_restarts": 2,
-        "cache": str(folder / "cache"), "cache_gibibytes": 1.0, "stall_seconds": 8.0, "keep_checkpoints": 2,
-        "mlflow": "http://127.0.0.1:9",  # where nobody listens: it costs a message only
-        **changes,
-    })  # fmt: skip
+    place = runs.place(folder, **{"stall_seconds": 8.0, **changes})
     plain = pretrain.work
     if wrapper:
         pretrain.work = wrapper

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from darkmatter import model, shards, training_set
+from darkmatter.cluster import PlaceConfig
 from darkmatter.stream import Stream
 from darkmatter.training import PretrainConfig, loop
 from darkmatter.training.checkpoint import Checkpoints
@@ -19,6 +20,16 @@ CONFIG = PretrainConfig(
     seed=0, epochs=8, batch_size=32, shuffle_shards=0, learning_rate=0.004, warmup_epochs=1, weight_decay=0.05,
     clip_norm=0.0, log_every=1, save_every=7, health_every=10, min_energy_margin=0.0,
 )  # fmt: skip
+
+
+def place(folder: Path, **changes: Any) -> PlaceConfig:
+    """Two workers of one core each; MLflow is where nobody listens, which costs a message only."""
+    values = {
+        "workers": 2, "cpus_per_worker": 1, "gpu": False, "storage": str(folder / "storage"), "data": "", "max_restarts": 2,
+        "cache": str(folder / "cache"), "cache_gibibytes": 1.0, "stall_seconds": 60.0, "keep_checkpoints": 2,
+        "mlflow": "http://127.0.0.1:9",
+    }  # fmt: skip
+    return PlaceConfig(**{**values, **changes})
 
 
 def spec(train: Path, objective: str) -> model.ModelSpec:

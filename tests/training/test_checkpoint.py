@@ -6,7 +6,6 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,19 +23,6 @@ def state(step: int) -> dict:
         "weights": torch.full((50_000,), float(step)),
         "groups": [{"lr": 0.1, "moments": torch.ones(3)}],
     }
-
-
-@pytest.fixture(params=["folder", "s3"])
-def address(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Of a run, on this machine or on a server that speaks S3."""
-    if request.param == "folder":
-        yield str(tmp_path / "run")
-        return
-    (tmp_path / "bucket").mkdir()
-    with s3.server(tmp_path, remembers="1m") as port:
-        s3.use(monkeypatch, port)
-        yield "s3://bucket/runs/run"
-        remote._opened.cache_clear()
 
 
 def steps(address: str) -> list[int]:

@@ -1,9 +1,7 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import s3
 from darkmatter import remote
 from darkmatter.training import history
 from darkmatter.training.history import History
@@ -11,18 +9,6 @@ from darkmatter.training.history import History
 
 def rows(*steps: int) -> list[dict[str, float]]:
     return [{"step": step, "loss": step / 10} for step in steps]
-
-
-@pytest.fixture(params=["folder", "s3"])
-def address(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "folder":
-        yield str(tmp_path)
-        return
-    (tmp_path / "bucket").mkdir()
-    with s3.server(tmp_path, remembers="1m") as port:
-        s3.use(monkeypatch, port)
-        yield "s3://bucket/run"
-        remote._opened.cache_clear()
 
 
 def test_after_a_restart_each_step_is_there_once_as_it_was_done_last(address: str) -> None:

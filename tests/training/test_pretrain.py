@@ -1,4 +1,4 @@
-"""The stage on a real Ray: two workers over gloo, one of them killed."""
+"""The stage on a real Ray: two workers over gloo."""
 
 import sys
 from pathlib import Path
@@ -7,24 +7,14 @@ import pytest
 import runs
 
 from darkmatter import cluster, lineage, shards
-from darkmatter.cluster import PlaceConfig
 from darkmatter.console import Stopped
 from darkmatter.training import pretrain
 
 CONFIG = runs.CONFIG.model_copy(update={"epochs": 12, "save_every": 10, "health_every": 60})
 
 
-def place(storage: Path, **changes: object) -> PlaceConfig:
-    values = {
-        "workers": 2, "cpus_per_worker": 1, "gpu": False, "storage": str(storage), "data": "", "max_restarts": 2,
-        "cache": str(storage / "cache"), "cache_gibibytes": 1.0, "stall_seconds": 60.0, "keep_checkpoints": 2,
-        "mlflow": "sqlite:///unused.db",
-    }  # fmt: skip
-    return PlaceConfig(**{**values, **changes})
-
-
 def run(digits: Path, folder: Path, **where: object) -> dict:
-    spec, here = runs.spec(digits / "train", "simclr"), place(folder / "storage", **where)
+    spec, here = runs.spec(digits / "train", "simclr"), runs.place(folder, **where)
     return pretrain.pretrain(digits / "train", spec, CONFIG, here, out=folder / "model", plot=folder / "history.csv")
 
 
@@ -60,7 +50,7 @@ def test_damaged_training_data_is_refused_before_training(digits: Path, tmp_path
     spec = runs.spec(digits / "train", "simclr")
     with pytest.raises(ValueError, match="is damaged"):
         pretrain.pretrain(
-            tmp_path / "train", spec, CONFIG, place(tmp_path), out=tmp_path / "m", plot=tmp_path / "h.csv"
+            tmp_path / "train", spec, CONFIG, runs.place(tmp_path), out=tmp_path / "m", plot=tmp_path / "h.csv"
         )
 
 
@@ -68,7 +58,9 @@ def test_damaged_training_data_is_refused_before_training(digits: Path, tmp_path
 def test_an_impossible_batch_is_refused_before_training(batch: int, message: str, digits: Path, tmp_path: Path) -> None:
     spec, config = runs.spec(digits / "train", "simclr"), CONFIG.model_copy(update={"batch_size": batch})
     with pytest.raises(ValueError, match=message):
-        pretrain.pretrain(digits / "train", spec, config, place(tmp_path), out=tmp_path / "m", plot=tmp_path / "h.csv")
+        pretrain.pretrain(
+            digits / "train", spec, config, runs.place(tmp_path), out=tmp_path / "m", plot=tmp_path / "h.csv"
+        )
 
 
 def test_code_of_the_chosen_plugins_is_in_the_fingerprint() -> None:

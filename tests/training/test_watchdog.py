@@ -37,6 +37,14 @@ def test_a_process_that_stands_still_tells_where_and_ends(tmp_path: Path) -> Non
     assert "in a_loader_that_is_stuck" in stacks.read_text()
 
 
+def test_stacks_that_cannot_be_stored_are_printed_and_the_process_ends_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-c", HANGS, str(tmp_path / "file" / "stacks.txt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == STALLED
+    assert "in a_step_that_hangs" in done.stderr
+
+
 def test_one_that_goes_on_lives_and_the_first_step_may_take_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,8 +48,7 @@ def shares(rows: Iterable[Mapping[str, float]], *, ended: float) -> dict[str, fl
     rows = list(rows)
     spent = dict.fromkeys((*CAUSES, "start", "recovery"), 0.0)
     wall, last, session = 0.0, 0.0, None
-    redone_before = _first_step_done_again(rows)
-    for row, redone in zip(rows, redone_before, strict=True):
+    for row, redone in zip(rows, _done_again(rows), strict=True):
         if row["session"] != session:
             session, last = row["session"], row["session"]
             first = not wall
@@ -69,7 +68,7 @@ def shares(rows: Iterable[Mapping[str, float]], *, ended: float) -> dict[str, fl
     return {**{name: round(value / total, 4) for name, value in spent.items()}, "wall_seconds": round(wall, 1)}
 
 
-def _first_step_done_again(rows: list[Mapping[str, float]]) -> list[bool]:
+def _done_again(rows: list[Mapping[str, float]]) -> list[bool]:
     """Of each row whether a later one did its steps again."""
     again, least = [], float("inf")
     for row in reversed(rows):

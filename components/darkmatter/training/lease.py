@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from darkmatter import remote
+from darkmatter.beside import beside
 from darkmatter.console import Stopped
 
 LOST = 76  # exit status of a driver whose lease another one has taken
@@ -44,8 +45,7 @@ class Lease:
             "pid": os.getpid(),
             "started": psutil.Process().create_time(),
         }
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._beside = beside(self._renew, "lease")
 
     def __enter__(self) -> "Lease":
         """
@@ -60,14 +60,13 @@ class Lease:
         time.sleep(_SETTLE)
         if (found := self._read()) is not None and found["token"] != self._mine["token"]:
             raise self._held(found)
-        self._thread.start()
+        self._beside.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._done.set()
-        self._thread.join()
+        self._beside.__exit__(kind, error, traceback)
         found = self._read()
         if found is not None and found["token"] == self._mine["token"]:
             remote.remove(self._address)
@@ -108,8 +107,8 @@ class Lease:
     def _write(self) -> None:
         remote.write(self._address, json.dumps({**self._mine, "renewed": time.time()}).encode())
 
-    def _renew(self) -> None:
-        while not self._done.wait(_RENEW):
+    def _renew(self, done: threading.Event) -> None:
+        while not done.wait(_RENEW):
             try:
                 found = self._read()
                 if found is not None and found["token"] != self._mine["token"]:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from darkmatter import cluster, collectives, files, lineage, model, plugin, shards, tracking, training_set
+from darkmatter import cluster, collectives, files, lineage, model, plugin, remote, shards, tracking, training_set
+from darkmatter.beside import beside
 from darkmatter.console import Preempted, Stopped
 from darkmatter.store import Store
 from darkmatter.stream import Stream, steps_per_epoch
@@ -162,7 +163,7 @@ def work(job: dict[str, Any], device: torch.device) -> None:
                     checkpoints=run.checkpoints,
                     device=device,
                     alive=watchdog.alive,
-                    asked_to_stop=run.asked_to_stop,
+                    asked_to_stop=run.asked_to_stop if rank == 0 else lambda: False,
                     session=run.session,
                 )
             except Stopped as reason:  # an answer, not a fault: nothing to restart
@@ -235,14 +236,8 @@ def _announce(objective: Any, manifest: shards.Manifest, config: Any, place: Any
 @contextlib.contextmanager
 def _progress(address: str, steps: int) -> Iterator[None]:
     """Prints a line every few seconds while the block runs, from the history that rank 0 writes."""
-    done = threading.Event()
-    thread = threading.Thread(target=_print_progress, args=(address, steps, done), daemon=True)
-    thread.start()
-    try:
+    with beside(functools.partial(_print_progress, address, steps), "progress"):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _print_progress(address: str, steps: int, done: threading.Event) -> None:
@@ -250,7 +245,10 @@ def _print_progress(address: str, steps: int, done: threading.Event) -> None:
     first_step: float | None = None
     last_step: float = -1
     while not done.wait(5.0):
-        rows = history.read(address)
+        try:
+            rows = history.read(address)
+        except remote.Unreadable:  # the store is away for a while; whoever needs it says so
+            continue
         if not rows or rows[-1]["step"] == last_step:
             continue
         if first_step is None:  # of this run: what was trained before a kill says nothing about the speed now

@@ -51,11 +51,12 @@ class Run:
         )
 
     def asked_to_stop(self) -> bool:
-        """For a worker; looks at most once a second."""
+        """For a worker; looks at most once a second. A store that is away has not asked."""
         now = time.monotonic()
         if not self.asked and now - self._looked > _LOOK_EVERY:
             self._looked = now
-            self.asked = remote.exists(self._file(_ASKED))
+            with contextlib.suppress(remote.Unreadable):
+                self.asked = remote.exists(self._file(_ASKED))
         return self.asked
 
     @contextlib.contextmanager

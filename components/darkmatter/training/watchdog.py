@@ -9,6 +9,7 @@ import time
 from types import TracebackType
 
 from darkmatter import remote
+from darkmatter.beside import beside
 
 STALLED = 71  # exit status of a process that ended itself
 _GRACE = 5.0  # seconds between the stacks and the end: the other ranks, which wait for this one, write theirs meanwhile
@@ -26,25 +27,23 @@ class Watchdog:
         """
         self._seconds, self._stacks = seconds, stacks
         self._deadline = time.monotonic() + _FIRST * seconds
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._beside = beside(self._watch, "watchdog")
 
     def alive(self) -> None:
         """A step is done."""
         self._deadline = time.monotonic() + self._seconds
 
     def __enter__(self) -> "Watchdog":
-        self._thread.start()
+        self._beside.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._done.set()
-        self._thread.join()
+        self._beside.__exit__(kind, error, traceback)
 
-    def _watch(self) -> None:
-        while not self._done.wait(min(1.0, self._seconds / 10)):  # the deadline of the first step is moved nearer by it
+    def _watch(self, done: threading.Event) -> None:
+        while not done.wait(min(1.0, self._seconds / 10)):  # the deadline of the first step is moved nearer by it
             if time.monotonic() < self._deadline:
                 continue
             with tempfile.TemporaryFile() as file:
@@ -52,6 +51,9 @@ class Watchdog:
                 file.seek(0)
                 stacks = file.read()
             print(f"darkmatter: no step for {self._seconds:g} s; stacks in {self._stacks}", file=sys.stderr, flush=True)
-            remote.write(self._stacks, stacks)
-            if not self._done.wait(_GRACE):
+            try:
+                remote.write(self._stacks, stacks)
+            except remote.Unreadable as error:  # it may be why nothing goes on
+                print(f"{error}; the stacks are\n{stacks.decode()}", file=sys.stderr, flush=True)
+            if not done.wait(_GRACE):
                 os._exit(STALLED)
