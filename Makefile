@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # DVC runs `python`; it must be this environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo show test test-long lint check docs bench bench-growth bench-engines bench-objectives lock clean
+.PHONY: help setup demo show test test-long lint check docs bench bench-growth bench-engines bench-training bench-objectives lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -30,8 +30,8 @@ demo: setup  ## the whole pipeline on the built-in digits
 show: setup  ## the results of the last run
 	@$(BIN)/python -m darkmatter.report
 
-test: setup  ## all tests
-	$(BIN)/python -m pytest
+test: setup  ## all tests, in two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-long: setup  ## the tests that take minutes each: every kind of fault (quarter of an hour)
 	$(BIN)/python -m pytest -m long
@@ -55,6 +55,10 @@ bench-growth: setup  ## ingest of 1,000, 200,000 and 1,000,000 files: time and m
 
 bench-engines: setup  ## few-shot accuracy by each engine of the views; CLIP_ART=folder of labelled images
 	$(BIN)/python benchmarks/engines.py folder:$(CLIP_ART)
+
+bench-training: setup  ## a step beside lightly's, the cost of a save; IMAGES=folder of colour images (an hour)
+	$(BIN)/python -m pip install --quiet --no-deps lightly==1.6.0 lightly_utils==0.0.2 lightning-utilities
+	$(BIN)/python benchmarks/training.py folder:$(IMAGES)
 
 bench-objectives: setup  ## every objective beside the others and lightly's; CLIP_ART=folder adds a second data set
 	$(BIN)/python -m pip install --quiet --no-deps lightly==1.6.0 lightly_utils==0.0.2

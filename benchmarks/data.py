@@ -171,13 +171,13 @@ def cut_photographs(folder: Path | None, out: Path) -> list[bytes]:
     return contents
 
 
-def make_training_set(photographs: Path, out: Path, *, max_side: int) -> None:
+def make_training_set(source: SourceConfig, out: Path, *, max_side: int) -> None:
     """By the stages themselves."""
     config = ingest.IngestConfig(
         samples_per_shard=64, val_fraction=0.0, test_fraction=0.0, max_pixels=10**7, max_file_mebibytes=64,
         max_decode_seconds=60.0, max_decode_mebibytes=2048, near_duplicates=-1, drop_removed=False,
     )  # fmt: skip
-    ingest.ingest(SourceConfig(uri=f"folder:{photographs}", labels=False), config, out=out / "shards")
+    ingest.ingest(source, config, out=out / "shards")
     augment = training_set.AugmentConfig(
         image_size=224, channels=3, max_side=max_side, encoding="jpeg", views={"name": "natural"}
     )
@@ -193,7 +193,9 @@ def views_section(contents: Sequence[bytes], photographs: Path, work: Path, repe
     ]
     shard = shards.write_shard(originals / "train-000000.tar", samples, split="train")
     shards.Manifest(classes=None, shards=[shard]).save(originals)
-    make_training_set(photographs, work / "small", max_side=341)  # short side 256
+    make_training_set(
+        SourceConfig(uri=f"folder:{photographs}", labels=False), work / "small", max_side=341
+    )  # short side 256
     small = work / "small" / "train"
     with shards.Reader(small, shards.Manifest.load(small), "train") as reader:
         stored = [reader.read(index) for index in range(len(reader))]

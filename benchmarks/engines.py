@@ -26,8 +26,7 @@ import objectives as bench
 from darkmatter import evaluate, model, shards, training_set
 from darkmatter.evaluations import Score, Subject, few_shot
 from darkmatter.stream import Stream
-from darkmatter.training.optimizers import adamw, set_learning_rate
-from darkmatter.training.rates import learning_rate
+from darkmatter.training import optimizers, rates
 from data import PAGE, replace_section, usual
 
 BATCH, SIZE, RATE = 128, 48, 0.004
@@ -56,12 +55,14 @@ def train(folder: Path, engine: str, seed: int, epochs: int) -> np.ndarray:
     options = {"name": "natural", "natural": {"engine": engine}}
     policy: Any = Usual() if engine == "A2" else training_set.choose_views(options, spec.images)
     objective = model.build(spec, seed=seed)
-    optimizer = adamw(objective, weight_decay=0.05)
+    optimizer = optimizers.build(objective)
     with shards.Reader(folder / "train", shards.Manifest.load(folder / "train"), "train") as reader:
         stream = Stream(reader, functools.partial(policy.prepare, seed=seed, whole=2), batch_size=BATCH, seed=seed)
         total = epochs * stream.steps_per_epoch
         for batch in stream.batches(0, total):
-            set_learning_rate(optimizer, learning_rate(batch.step, peak=RATE, warmup=total // 8, total=total))
+            optimizers.set_rates(
+                optimizer, rates.learning_rate(batch.step, peak=RATE, warmup=total // 8, total=total), 0.05
+            )
             torch.manual_seed(seed + batch.step)
             views = policy.finish(batch.loaded, seed=seed, epoch=batch.epoch, whole=2)
             objective(views, torch.arange(BATCH))["loss"].backward()

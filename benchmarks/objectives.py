@@ -31,8 +31,7 @@ from darkmatter.evaluations import Score, Subject, few_shot, knn
 from darkmatter.objectives import Objective
 from darkmatter.parts import teacher
 from darkmatter.stream import Stream
-from darkmatter.training.optimizers import adamw, set_learning_rate
-from darkmatter.training.rates import learning_rate
+from darkmatter.training import memory, optimizers, rates
 
 ROOT = Path(__file__).parent.parent
 BATCH, LEARNING_RATE, HELD_OUT = 128, 0.004, 512
@@ -92,7 +91,8 @@ class Runner:
     def step(self, views: Sequence[Tensor], samples: Tensor, *, step: int, total: int, seed: int) -> None:
         """What the loop does between two batches."""
         started = time.perf_counter()
-        set_learning_rate(self.optimizer, learning_rate(step, peak=LEARNING_RATE, warmup=total // 8, total=total))
+        rate = rates.learning_rate(step, peak=LEARNING_RATE, warmup=total // 8, total=total)
+        optimizers.set_rates(self.optimizer, rate, weight_decay=0.05)
         torch.manual_seed(seed + step)
         loss = self.objective(views, samples)["loss"]
         loss.backward()
@@ -176,23 +176,12 @@ def scores(objective: Any, folder: Path, held_out: Sequence[Tensor]) -> dict[str
     return result
 
 
-def memory(objective: nn.Module, views: Sequence[Tensor], samples: Tensor) -> float:
-    """MiB that a step of a fresh objective holds at its peak: weights, buffers, gradients, AdamW's two moments, and what the
+def mebibytes(objective: nn.Module, views: Sequence[Tensor], samples: Tensor) -> float:
+    """That a step of a fresh objective holds at its peak: weights, buffers, gradients, AdamW's two moments, and what the
     backward pass needs of the forward pass. Counted, not sampled: a process's resident size says more of its allocator."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        objective(views, samples)
-    state = [*objective.parameters(), *objective.buffers()]
-    for tensor in state:
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in (*objective.parameters(), *objective.buffers()))
     trained = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
-    held = sum(tensor.numel() * tensor.element_size() for tensor in state)
-    return (held + 3 * trained + sum(kept.values())) / 2**20
+    return (held + 3 * trained + memory.kept(objective, views, samples)) / 2**20
 
 
 class Pixels(nn.Module):
@@ -228,8 +217,8 @@ def measure(name: str, data: str, folder: Path, args: argparse.Namespace) -> Non
     for seed in range(args.seeds):
         sides = build_sides(spec, seed, twin, vit=args.vit)
         ours = sides["darkmatter"]
-        runners = {side: Runner(one, adamw(one, weight_decay=0.05)) for side, one in sides.items()}
-        view_seconds, mebibytes = [], {}
+        runners = {side: Runner(one, optimizers.build(one)) for side, one in sides.items()}
+        view_seconds, needed = [], {}
         with shards.Reader(folder / "train", shards.Manifest.load(folder / "train"), "train") as reader:
             load = functools.partial(policy.prepare, seed=seed, whole=ours.num_views)
             stream = Stream(reader, load, batch_size=BATCH, seed=seed)
@@ -240,7 +229,7 @@ def measure(name: str, data: str, folder: Path, args: argparse.Namespace) -> Non
                 view_seconds.append(time.perf_counter() - started)
                 if not step:
                     fresh = build_sides(spec, seed, twin, vit=args.vit)
-                    mebibytes = {side: memory(one, views, batch.loaded.samples) for side, one in fresh.items()}
+                    needed = {side: mebibytes(one, views, batch.loaded.samples) for side, one in fresh.items()}
                 for runner in list(runners.values())[:: 1 if step % 2 else -1]:
                     runner.step(views, batch.loaded.samples, step=step, total=total, seed=seed)
         ratio = None
@@ -253,7 +242,7 @@ def measure(name: str, data: str, folder: Path, args: argparse.Namespace) -> Non
                 "data": data, "method": name, "side": side, "seed": seed, "steps": total,
                 "backbone": backbone_name(args),
                 "images_per_second": BATCH / seconds, "step_time_ratio": ratio if side == "darkmatter" else None,
-                "memory_mib": mebibytes[side],
+                "memory_mib": needed[side],
                 **scores(runner.objective, folder, held_out),
             }  # fmt: skip
             print(json.dumps(row), flush=True)

@@ -20,6 +20,12 @@ os.environ["TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"] = "2"  # of a worker that i
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # a run of seconds should not wait two for its end
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first: processes that share the files end at about the same time then."""
+    slow = ("tests/pipelines/", "tests/training/test_faults.py", "tests/training/test_loop.py")
+    items.sort(key=lambda item: not item.nodeid.startswith(slow))
+
+
 @pytest.fixture(autouse=True)
 def no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """`mlflow.set_tracking_uri` writes into the environment, where the next test would find it."""

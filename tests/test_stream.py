@@ -52,6 +52,17 @@ def test_an_epoch_has_no_sample_twice_and_the_next_has_another_order(reader: sha
     assert first != run(reader, 0, EPOCH, window=window, seed=1)
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_part_of_a_batch_holds_the_same_samples_on_any_number_of_ranks(
+    reader: shards.Reader, world_size: int
+) -> None:
+    whole = run(reader, 0, 10)
+    shares = [run(reader, 0, 10, rank=rank, world_size=world_size, parts=4) for rank in range(world_size)]
+    for step, batch in enumerate(whole):
+        parts = [np.split(np.array(share[step]), 4) for share in shares]
+        assert [sample for part in zip(*parts, strict=True) for rank in part for sample in rank] == batch
+
+
 @every_window
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_ranks_share_the_global_batch_in_the_same_order(reader: shards.Reader, world_size: int, window: int) -> None:

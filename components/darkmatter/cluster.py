@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -38,6 +38,10 @@ class PlaceConfig(Config):
     """CPU cores of each: torch's threads, and the threads that decode."""
     gpu: bool
     """Give each worker a GPU."""
+    compile: bool
+    """Compile the blocks of the backbone (torch.compile): a minute at the start, then shorter steps; worth it on GPUs."""
+    activation_checkpointing: bool
+    """Compute the inside of each block of the backbone twice instead of keeping it: less memory, a third more time."""
     storage: str
     """Folder, or address (s3://bucket/folder), of checkpoints, shared by all nodes. Outside DVC: an interrupted run finds
     its own by fingerprint."""
@@ -73,10 +77,15 @@ class PlaceConfig(Config):
         return value
 
 
+def attached() -> bool:
+    """Whether there is a cluster to attach to, which may be larger than this machine."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextmanager
 def session() -> Iterator[None]:
     """Attaches to RAY_ADDRESS, or starts a cluster of this machine and ends it with the block."""
-    if not os.environ.get("RAY_ADDRESS"):
+    if not attached():
         # Ray listens on ports that any user of the machine reaches. A token of this session keeps them shut, and in the
         # environment it is not written to ~/.ray/auth_token, which Ray would do by itself, readable by all. Ray reads
         # the mode when it is first imported.
@@ -87,7 +96,7 @@ def session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
+    if attached():
         ray.init(log_to_driver=True)
     else:
         # The dashboard process answers Train's cleaner; without it that warns every second (measured with 2.60).
@@ -131,6 +140,11 @@ def map_tasks(
 class WorkersFailed(RuntimeError):
     """Distributed training ended with a failure of one or more workers; the message says which and why."""
 
+    def __init__(self, message: str, reasons: Sequence[BaseException] = ()) -> None:
+        super().__init__(message)
+        self.reasons = reasons
+        """What workers raised; one that died raised nothing."""
+
 
 def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig, *, name: str) -> None:
     """Runs `function(job, device)` in the workers of one process group (NCCL with GPUs, else gloo).
@@ -145,8 +159,10 @@ def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig
     # A worker that does not answer, since it is stopped or its machine hangs, is given up after as long as one that answers
     # but makes no step. Ray's own default is 600.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(place.stall_seconds))
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     _check_resources(place)
@@ -174,8 +190,10 @@ def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig
             trainer.fit()
         except WorkerGroupError as error:
             failures = sorted(error.worker_failures.items())
-            raise WorkersFailed("; ".join(f"worker {rank}: {_last_line(one)}" for rank, one in failures)) from error
-        except ControllerError as error:
+            reasons = [one._base_exc for _, one in failures if isinstance(one, UserExceptionWithTraceback)]
+            text = "; ".join(f"worker {rank}: {_last_line(one)}" for rank, one in failures)
+            raise WorkersFailed(text, reasons) from error
+        except (ControllerError, ray.exceptions.RayActorError) as error:  # the second: what watches the workers is gone
             raise WorkersFailed(_last_line(error)) from error
 
 
@@ -205,7 +223,7 @@ def _scratch(storage: str, name: str) -> Iterator[tuple[str, Any]]:
 def _check_resources(place: PlaceConfig) -> None:
     import ray
 
-    if os.environ.get("RAY_ADDRESS"):
+    if attached():
         return  # a cluster may grow
     there = ray.cluster_resources()
     least, _ = place.worker_range

@@ -83,14 +83,15 @@ class Order:
         return samples[permutation(self._seed, epoch, len(samples), 1 + window)]
 
 
-def steps_per_epoch(samples: int, batch_size: int, world_size: int) -> int:
-    """How many whole batches there are; the rest of a permutation is left out, another one each epoch.
+def steps_per_epoch(samples: int, batch_size: int, shares: int) -> int:
+    """How many whole batches there are; the rest of a permutation is left out, another one each epoch. `shares` are the
+    workers, times the parts of a batch.
 
     Raises:
         ValueError: the batch cannot be shared out evenly, or is larger than the data.
     """
-    if batch_size % world_size:
-        raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {world_size} workers")
+    if batch_size % shares:
+        raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {shares} (workers x pretrain.accumulate)")
     if batch_size > samples:
         raise ValueError(f"the batch size {batch_size} is over the {samples} training samples; lower it")
     return samples // batch_size
@@ -118,6 +119,7 @@ class Stream(Generic[Loaded]):
         window: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        parts: int = 1,
         threads: int = 1,
     ) -> None:
         """
@@ -130,6 +132,8 @@ class Stream(Generic[Loaded]):
             window: of the order.
             rank: which share of each batch to yield.
             world_size: how many shares there are.
+            parts: that a batch is trained in, one after the other. Each is shared by the ranks, so that it holds the same
+                samples on any number of them.
             threads: how many batches are loaded at once.
 
         Raises:
@@ -138,9 +142,8 @@ class Stream(Generic[Loaded]):
         self._reader, self._load = reader, load
         self._batch_size, self._threads = batch_size, threads
         self._order = Order(seed, reader.sizes, window)
-        share = batch_size // world_size
-        self._share = slice(rank * share, (rank + 1) * share)
-        self.steps_per_epoch = steps_per_epoch(len(reader), batch_size, world_size)
+        self.steps_per_epoch = steps_per_epoch(len(reader), batch_size, world_size * parts)
+        self._share = np.arange(batch_size).reshape(parts, world_size, -1)[:, rank].ravel()
 
     def samples(self, step: int) -> Int64[np.ndarray, " batch"]:
         """Which samples this rank sees in a step."""

@@ -40,7 +40,8 @@ def train(name: str, digits: str, folder: str, broken: bool) -> Outcome:
     config = PretrainConfig(
         seed=0, epochs=STEPS // (manifest.samples("train") // BATCH), batch_size=BATCH,
         shuffle_shards=0, learning_rate=0.004,
-        warmup_epochs=1, weight_decay=0.05, clip_norm=0.0, log_every=30, save_every=1000, health_every=9,
+        warmup_epochs=1, weight_decay=0.05, weight_decay_end=0.05, clip_norm=0.0, accumulate=1,
+        optimizer="adamw", layer_decay=1.0, log_every=30, save_every=1000, health_every=9,
         min_energy_margin=0.8,
     )  # fmt: skip
     method = model.build(spec, seed=0)

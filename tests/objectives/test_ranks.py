@@ -1,4 +1,7 @@
-"""One rank and W ranks give the same loss, gradient and state for the same global batch: real processes over gloo."""
+"""One rank and W ranks give the same loss, gradient and state for the same global batch: real processes over gloo.
+
+So do options that save memory: a batch in parts, and the inside of blocks computed again in the backward pass.
+"""
 
 import traceback
 from pathlib import Path
@@ -13,28 +16,25 @@ from toys import NAMES, Toy, objective, samples, views
 from conftest import free_port
 from darkmatter import collectives
 from darkmatter.backbones import Backbone
-from darkmatter.training import loop
+from darkmatter.training import parallel
 
 GLOBAL_BATCH = 12
 STEPS = 5
 
 
-def train(name: str) -> dict[str, torch.Tensor]:
+def train(name: str, parts: int, **layout: bool) -> dict[str, torch.Tensor]:
     """A few steps; the gradients of the last, and everything in the state."""
-    method = objective(name)
-    share = GLOBAL_BATCH // collectives.world_size()
-    mine = slice(collectives.rank() * share, (collectives.rank() + 1) * share)
-    model = loop.distributed(method, torch.device("cpu"))
+    method, device = objective(name), torch.device("cpu")
+    mine = torch.arange(GLOBAL_BATCH).reshape(parts, collectives.world_size(), -1)[:, collectives.rank()].ravel()
+    model = parallel.lay_out(method, device, **layout)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
     losses = []
     for step in range(STEPS):
         optimizer.zero_grad()
         torch.manual_seed(step)
         mine_views = tuple(view[mine] for view in views(GLOBAL_BATCH, seed=step, like=method))
-        with collectives.global_batch_norm():
-            terms = model(mine_views, samples(GLOBAL_BATCH, seed=step)[mine])
-        terms["loss"].backward()
-        losses.append(collectives.mean(torch.stack(list(terms.values())).detach()))
+        terms = parallel.backward(model, mine_views, samples(GLOBAL_BATCH, seed=step)[mine], device, parts=parts)
+        losses.append(collectives.mean(torch.stack(list(terms.values()))))
         if step < STEPS - 1:
             optimizer.step()
             method.after_step(step / STEPS)
@@ -42,13 +42,13 @@ def train(name: str) -> dict[str, torch.Tensor]:
     return {"losses and terms": torch.stack(losses), **gradients, **method.state_dict()}
 
 
-def rank_main(rank: int, world_size: int, port: int, folder: str) -> None:
+def rank_main(rank: int, world_size: int, port: int, folder: str, parts: int, layout: dict[str, bool]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     results: dict[str, Any] = {}
     for name in NAMES:
         try:
-            results[name] = train(name)
+            results[name] = train(name, parts, **layout)
         except Exception:  # noqa: BLE001 (shown by the test of this objective)
             results[name] = traceback.format_exc()
             break  # the ranks are no longer in step
@@ -56,18 +56,24 @@ def rank_main(rank: int, world_size: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What every rank of a group of this size computed, by objective."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(rank_main, (request.param, free_port(), str(folder)), nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+@pytest.fixture(
+    scope="module", params=[(2, 1, False), (3, 1, False), (2, 2, True)], ids=["2", "3", "2 in parts, again"]
+)
+def together(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, list[dict[str, Any]]]:
+    """The parts of a batch, and what every rank of a group computed, by objective."""
+    ranks, parts, again = request.param
+    folder, layout = tmp_path_factory.mktemp("ranks"), {"activation_checkpointing": again}
+    torch.multiprocessing.spawn(rank_main, (ranks, free_port(), str(folder), parts, layout), nprocs=ranks)
+    return parts, [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ranks_agree_with_one_process(name: str, together: list[dict[str, Any]]) -> None:
-    alone = train(name)
-    for results in together:
+def test_ranks_agree_with_one_process(name: str, together: tuple[int, list[dict[str, Any]]]) -> None:
+    parts, everything = together
+    alone = train(name, parts)
+    for results in everything:
         result = results.get(name, "an objective before it failed")
         assert not isinstance(result, str), result
         assert result.keys() == alone.keys()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 WORKER = ("SIGKILL", "SIGTERM", "exit", "SIGSEGV", "exception", "SIGSTOP", "sleep")
@@ -24,6 +25,13 @@ def strike(kind: str) -> None:
         os._exit(3)
     elif kind == "crash":
         ctypes.string_at(0)
+    elif kind == "controller":
+        for process in psutil.Process(os.getppid()).children():
+            if "TrainController" in " ".join(process.cmdline()):
+                process.kill()
+        time.sleep(1000)
+    elif kind == "memory":
+        torch.empty(2**50)
     elif kind == "sleep":
         time.sleep(1000)
     else:

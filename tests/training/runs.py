@@ -18,14 +18,22 @@ from darkmatter.training.checkpoint import Checkpoints
 
 CONFIG = PretrainConfig(
     seed=0, epochs=8, batch_size=32, shuffle_shards=0, learning_rate=0.004, warmup_epochs=1, weight_decay=0.05,
-    clip_norm=0.0, log_every=1, save_every=7, health_every=10, min_energy_margin=0.0,
+    clip_norm=0.0, accumulate=1, optimizer="adamw", layer_decay=1.0, weight_decay_end=0.05,
+    log_every=1, save_every=7, health_every=10, min_energy_margin=0.0,
 )  # fmt: skip
+
+
+#: A method trained with everything that is off by default.
+OTHER = {
+    "vicreg": {"optimizer": "lars", "accumulate": 2, "layer_decay": 0.8, "weight_decay_end": 0.2, "clip_norm": 1.0}
+}
 
 
 def place(folder: Path, **changes: Any) -> PlaceConfig:
     """Two workers of one core each; MLflow is where nobody listens, which costs a message only."""
     values = {
-        "workers": 2, "cpus_per_worker": 1, "gpu": False, "storage": str(folder / "storage"), "data": "", "max_restarts": 2,
+        "workers": 2, "cpus_per_worker": 1, "gpu": False, "compile": False, "activation_checkpointing": False,
+        "storage": str(folder / "storage"), "data": "", "max_restarts": 2,
         "cache": str(folder / "cache"), "cache_gibibytes": 1.0, "stall_seconds": 60.0, "keep_checkpoints": 2,
         "mlflow": "http://127.0.0.1:9",
     }  # fmt: skip
@@ -49,6 +57,7 @@ def run(
     train: Path, folder: Path, objective: str, *, config: PretrainConfig = CONFIG, threads: int = 1, **hooks: Any
 ) -> loop.TrainState:
     """`hooks` go to `loop.fit`, but for `prepare`, which is called with the fresh objective."""
+    config = config.model_copy(update=OTHER.get(objective, {}) if config is CONFIG else {})
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +68,9 @@ def run(
     with shards.Reader(train, shards.Manifest.load(train), "train") as reader:
         return loop.fit(
             objective,
-            Stream(reader, load, batch_size=config.batch_size, seed=config.seed, threads=threads),
+            Stream(
+                reader, load, batch_size=config.batch_size, seed=config.seed, parts=config.accumulate, threads=threads
+            ),
             views,
             training_set.held_out(train, 64),
             config,

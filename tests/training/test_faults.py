@@ -22,9 +22,10 @@ from darkmatter.training import history
 from darkmatter.training.checkpoint import Checkpoints
 
 #: place and kind; of a rank each. A step is followed by a save every five.
-FEW = [("step", 1, "sleep"), ("load", 0, "exception"), ("save", 0, "SIGKILL"), ("step", 1, "SIGKILL")]
+FEW = [("step", 1, "sleep"), ("load", 0, "exception"), ("save", 0, "SIGKILL"), ("step", 0, "controller")]
 MANY = [
     *[("step", rank, kind) for kind in faults.WORKER for rank in (0, 1)],
+    ("step", 1, "controller"),
     *[("load", rank, kind) for kind in ("sleep", "exception") for rank in (0, 1)],
     *[("save", 0, kind) for kind in ("SIGKILL", "exit", "crash")],
 ]
@@ -54,6 +55,18 @@ def by_value() -> Iterator[None]:
     cloudpickle.register_pickle_by_value(faults)
     yield
     cloudpickle.unregister_pickle_by_value(faults)
+
+
+def test_memory_that_ends_is_no_fault_to_restart_from(
+    digits: Path, tmp_path: Path, reference: Path, by_value: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wrapper = functools.partial(faults.work, [[7, 1, "step", "memory"]], str(tmp_path))
+    with pytest.raises(Stopped, match="out of memory: 16 samples at a time need about"):
+        faults.train(digits / "train", tmp_path, wrapper)
+    assert "restart" not in capfd.readouterr().err
+    faults.train(digits / "train", tmp_path, wrapper)  # where there is more: it goes on
+    assert "going on from step 5" in capfd.readouterr().out
+    assert weights(tmp_path) == weights(reference)
 
 
 @pytest.mark.parametrize("kinds", [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.long)])

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from toys import NAMES, objective, step, views
 
 from darkmatter import health
-from darkmatter.training import guards
-from darkmatter.training.optimizers import adamw
+from darkmatter.training import guards, optimizers
 
 BAD = (float("nan"), float("inf"), float("-inf"))
 
@@ -44,7 +43,7 @@ def test_a_skipped_step_leaves_no_trace_in_any_objective(name: str) -> None:
 def train(injections: dict[int, tuple[str, float]], steps: int = 30) -> tuple[nn.Module, guards.Numbers, list[dict]]:
     """SimCLR on random images; at the given steps a number is put into the loss or into one element of the gradient."""
     method = objective("simclr")
-    optimizer, numbers, states = adamw(method, weight_decay=0.05), guards.Numbers(method), []
+    optimizer, numbers, states = optimizers.build(method), guards.Numbers(method), []
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     for number in range(steps):

@@ -6,7 +6,7 @@ A policy module defines `Config` and `build(config, *, image_size, max_side) -> 
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,10 +28,17 @@ class Prepared:
     samples: Int64[Tensor, " batch"]  # number of each sample in its split
 
     def to(self, device: torch.device) -> "Prepared":
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        return Prepared(pixels=tuple(map(move, self.pixels)), sizes=move(self.sizes), samples=move(self.samples))
+    def pinned(self) -> "Prepared":
+        """In memory that a GPU can read by itself, without this process."""
+        return self._each(Tensor.pin_memory)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.pixels, self.sizes, self.samples]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Prepared":
+        return Prepared(pixels=tuple(map(change, self.pixels)), sizes=change(self.sizes), samples=change(self.samples))
 
 
 class ViewsConfig(Config):

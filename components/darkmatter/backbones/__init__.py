@@ -2,7 +2,8 @@
 
 A backbone module defines `Config` and `build(config, *, channels, image_size) -> nn.Module`, a network that maps
 normalised images (B, C, S, S) to features (B, D) in two steps, as timm's do: `forward_features` to a map (B, T, h, w) or
-tokens (B, prefix + N, T), `forward_head` from there to (B, D). It has the attribute `num_features` (D).
+tokens (B, prefix + N, T), `forward_head` from there to (B, D). It has the attribute `num_features` (D), and for
+`pretrain.layer_decay` a method `group_matcher`, as timm's have.
 """
 
 from collections.abc import Sequence

@@ -38,6 +38,10 @@ class SmallConv(nn.Module):
     def forward_head(self, maps: Tensor) -> Tensor:
         return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=1)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Which layers there are, from below, in the form of timm's models."""
+        return {"blocks": r"^layers\.(\d+)"}
+
 
 def _block(before: int, after: int, *, stride: int) -> nn.Sequential:
     convolution = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -11,18 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from darkmatter import collectives, health
 from darkmatter.augmentations import Prepared, Views
 from darkmatter.objectives import Objective
 from darkmatter.stream import Stream
-from darkmatter.training import PretrainConfig, guards
+from darkmatter.training import PretrainConfig, guards, optimizers, parallel, rates
 from darkmatter.training.checkpoint import Checkpoints, Saver
 from darkmatter.training.goodput import Clock
 from darkmatter.training.history import History, Row
-from darkmatter.training.optimizers import adamw, set_learning_rate
-from darkmatter.training.rates import learning_rate
 
 
 @dataclasses.dataclass
@@ -59,6 +55,7 @@ def fit(
     alive: Callable[[], None] = lambda: None,
     asked_to_stop: Callable[[], bool] = lambda: False,
     session: float = 0.0,
+    **layout: bool,
 ) -> TrainState:
     """Trains to the end, from the newest checkpoint if there is one. Every rank calls it.
 
@@ -73,6 +70,7 @@ def fit(
         alive: called after every step.
         asked_to_stop: whether to save and return before the end; one rank that is asked is enough.
         session: when the work on the run was taken up, seconds since 1970, for the history.
+        layout: options of `parallel.lay_out`.
 
     Raises:
         NotFinite: numbers left the range of floating point, and skipping steps was of no help.
@@ -80,16 +78,15 @@ def fit(
     """
     total = config.epochs * stream.steps_per_epoch
     warmup = config.warmup_epochs * stream.steps_per_epoch
-    objective = objective.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = parallel.lay_out(objective, device, **layout)
     state = TrainState(
         objective,
-        adamw(objective, weight_decay=config.weight_decay),
+        optimizers.build(objective, config.optimizer, layer_decay=config.layer_decay),
         guards.Numbers(objective),
         guards.Collapse(config.min_energy_margin),
     )
     if (saved := checkpoints.load_newest()) is not None:
         state.load_state_dict(saved)
-    model = distributed(objective, device)
     drawn = views(held_out, np.arange(len(held_out)), seed=config.seed, epoch=-1)
     first, second = (view.to(device) for view in drawn[:2])
     recorder = _Recorder(checkpoints.address, state, config, session) if collectives.rank() == 0 else None
@@ -97,22 +94,21 @@ def fit(
 
     # Rows that wait must be written also where the loop ends with a reason: they led there.
     with Saver(checkpoints) as saver, contextlib.closing(recorder) if recorder else contextlib.nullcontext():
-        for batch in stream.batches(state.step, total):
+        for batch in parallel.fed(stream.batches(state.step, total), device):
             clock.spent("data")
-            set_learning_rate(
-                state.optimizer, learning_rate(state.step, peak=config.learning_rate, warmup=warmup, total=total)
+            optimizers.set_rates(
+                state.optimizer,
+                rates.learning_rate(state.step, peak=config.learning_rate, warmup=warmup, total=total),
+                rates.cosine(state.step, config.weight_decay, config.weight_decay_end, total=total),
             )
             torch.manual_seed(config.seed + state.step)  # what an objective draws is a function of the step as well
-            loaded = batch.loaded.to(device)
-            images = views.finish(loaded, seed=config.seed, epoch=batch.epoch, whole=objective.num_views)
+            images = views.finish(batch.loaded, seed=config.seed, epoch=batch.epoch, whole=objective.num_views)
             state.numbers.before_step()
-            with autocast(device), collectives.global_batch_norm():
-                terms = model(images, loaded.samples)
-            terms["loss"].backward()
+            terms = parallel.backward(model, images, batch.loaded.samples, device, parts=config.accumulate)
             norm = guards.gradient_norm(objective)
             # One small message between the ranks, one wait for the device: all decide alike.
             asked = norm.new_tensor(float(asked_to_stop()))
-            told = collectives.mean(torch.stack([terms["loss"].detach().to(norm), norm, asked])).tolist()
+            told = collectives.mean(torch.stack([terms["loss"].to(norm), norm, asked])).tolist()
             if state.numbers.may_step(told[0], told[1], state.step):
                 guards.clip(objective, norm, config.clip_norm)
                 state.optimizer.step()
@@ -126,7 +122,7 @@ def fit(
             looking = state.step == total or state.step % config.health_every == 0
             row: Row = {}
             if saving or state.step % config.log_every == 0:
-                row |= {name: float(collectives.mean(value.detach())) for name, value in terms.items()}
+                row |= {name: float(collectives.mean(value)) for name, value in terms.items()}
                 row |= {"gradient_norm": told[1], "epoch": batch.epoch}
                 clock.spent("step")
             if looking:
@@ -146,27 +142,9 @@ def fit(
     return state
 
 
-def distributed(objective: Objective, device: torch.device) -> Callable[..., Any]:
-    """The objective as it is, or wrapped so that gradients are averaged over the ranks."""
-    if collectives.world_size() == 1:
-        return objective
-    # Buffers are not broadcast: they are equal on all ranks already, since batch norms use global statistics. The name of
-    # the option is a new one in torch 2.14, which warns of the old one, the only one that 2.11 has.
-    names = inspect.signature(DistributedDataParallel).parameters
-    option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    options: dict[str, Any] = {option: False, "device_ids": [device.index or 0] if device.type == "cuda" else None}
-    return DistributedDataParallel(objective, **options)
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 where the device computes in it; CPUs mostly emulate it, slower than float32."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
-
-
 def look(objective: Objective, first: Tensor, second: Tensor, device: torch.device) -> Row:
     """The health of the moment, on held-out views: energy margin, RankMe, and how far embeddings of unit length spread."""
-    with autocast(device):
+    with parallel.autocast(device):
         compatible, incompatible = health.pair_energies(objective, first, second)
         embeddings = health.embeddings(objective, first)
     return {
@@ -191,7 +169,7 @@ class _Recorder:
         whole = {
             "step": state.step,
             **row,
-            "learning_rate": state.optimizer.param_groups[0]["lr"],
+            "learning_rate": max(group["lr"] for group in state.optimizer.param_groups),
             "skipped_not_finite": state.numbers.not_finite,
             "skipped_spikes": state.numbers.spikes,
             "images_per_second": round(images / max(sum(times.values()), 1e-9), 1),

@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from darkmatter import cluster, collectives, files, lineage, model, plugin, remote, shards, tracking, training_set
+from darkmatter.augmentations import Prepared, Views
 from darkmatter.beside import beside
 from darkmatter.console import Preempted, Stopped
 from darkmatter.store import Store
 from darkmatter.stream import Stream, steps_per_epoch
-from darkmatter.training import PretrainConfig, goodput, history, loop
+from darkmatter.training import PretrainConfig, goodput, history, loop, memory
 from darkmatter.training.lease import Lease
 from darkmatter.training.run import Run
 from darkmatter.training.watchdog import Watchdog
@@ -63,11 +64,21 @@ def pretrain(
     manifest.verify(train_folder)
     least, most = place.worker_range
     for workers in range(least, most + 1):
-        steps = config.epochs * steps_per_epoch(manifest.samples("train"), config.batch_size, workers)
+        shares = workers * config.accumulate
+        steps = config.epochs * steps_per_epoch(manifest.samples("train"), config.batch_size, shares)
     objective = model.build(spec, seed=config.seed)  # a wrong option fails here, before any process is started
     fingerprint = run_fingerprint(manifest, spec, config)
     run = Run.of(fingerprint, place)
+    views = training_set.choose_views(spec.views, spec.images)
+    prediction = memory.Prediction(
+        objective,
+        views.plan(objective.num_views),
+        optimizer=config.optimizer,
+        gpu=place.gpu,
+        activation_checkpointing=place.activation_checkpointing,
+    )
     print(_announce(objective, manifest, config, place, fingerprint, steps), flush=True)
+    print(_announce_memory(prediction, memory.Shares(config.batch_size, least, config.accumulate), place), flush=True)
     with Lease(run.address), run.stopping_at_sigterm():
         if not run.stopped():
             data = _publish(train_folder, manifest, config, place)
@@ -75,6 +86,7 @@ def pretrain(
                 "data": dataclasses.asdict(data),
                 "spec": spec.model_dump(),
                 "config": config.model_dump(),
+                "memory": prediction,
                 "run": {"address": run.address, "place": place, "session": run.session},
             }
             rows_so_far = functools.partial(history.read, run.address)
@@ -100,7 +112,7 @@ def pretrain(
 def _train_through_failures(run: Run, job: dict[str, Any]) -> None:
     """
     Raises:
-        Stopped: restarts were of no help.
+        Stopped: restarts were of no help, or would be of none (DoesNotFit: memory ended).
         Preempted: asked to stop by SIGTERM; what was trained is saved.
     """
     restarts, step = 0, run.checkpoints.newest_step()
@@ -117,6 +129,9 @@ def _train_through_failures(run: Run, job: dict[str, Any]) -> None:
             raise Preempted(f"asked to stop: saved at step {step} in {run.address}; to run it again goes on there")
         if failure is None:
             return
+        for reason in failure.reasons:
+            if isinstance(reason, Stopped):  # an answer, not a fault: nothing to restart
+                raise reason
         restarts = 1 if step > before else restarts + 1
         if restarts > run.place.max_restarts:
             raise Stopped(
@@ -145,30 +160,44 @@ def work(job: dict[str, Any], device: torch.device) -> None:
         with data.reader(manifest, "train", config) as reader:
             stream = Stream(
                 reader,
-                functools.partial(views.prepare, seed=config.seed, whole=objective.num_views),
+                functools.partial(_load, views, config.seed, objective.num_views, device.type == "cuda"),
                 batch_size=config.batch_size,
                 seed=config.seed,
                 window=config.shuffle_shards,
                 rank=rank,
                 world_size=collectives.world_size(),
+                parts=config.accumulate,
                 threads=run.place.cpus_per_worker,
             )
+            shares = memory.Shares(config.batch_size, collectives.world_size(), config.accumulate)
             try:
-                loop.fit(
-                    objective,
-                    stream,
-                    views,
-                    held_out,
-                    config,
-                    checkpoints=run.checkpoints,
-                    device=device,
-                    alive=watchdog.alive,
-                    asked_to_stop=run.asked_to_stop if rank == 0 else lambda: False,
-                    session=run.session,
-                )
-            except Stopped as reason:  # an answer, not a fault: nothing to restart
+                with memory.explained(job["memory"], shares, device):
+                    loop.fit(
+                        objective,
+                        stream,
+                        views,
+                        held_out,
+                        config,
+                        checkpoints=run.checkpoints,
+                        device=device,
+                        alive=watchdog.alive,
+                        asked_to_stop=run.asked_to_stop if rank == 0 else lambda: False,
+                        session=run.session,
+                        compile=run.place.compile,
+                        activation_checkpointing=run.place.activation_checkpointing,
+                    )
+            except memory.DoesNotFit:  # on another machine it may: the driver ends, the run does not
+                raise
+            except Stopped as reason:  # every rank came to the same answer
                 if rank == 0:
                     run.stop(reason)
+
+
+def _load(
+    views: Views, seed: int, whole: int, pinned: bool, contents: Sequence[bytes], samples: Any, *, epoch: int
+) -> Prepared:
+    prepared = views.prepare(contents, samples, seed=seed, epoch=epoch, whole=whole)
+    return prepared.pinned() if pinned else prepared
 
 
 def _publish(
@@ -231,6 +260,15 @@ def _announce(objective: Any, manifest: shards.Manifest, config: Any, place: Any
         f"{manifest.samples('train')} images, {config.epochs} epochs of batch {config.batch_size} = {steps} steps, "
         f"{workers} worker(s) x {place.cpus_per_worker} CPU{' + 1 GPU' if place.gpu else ''}"
     )
+
+
+def _announce_memory(prediction: memory.Prediction, shares: memory.Shares, place: cluster.PlaceConfig) -> str:
+    """A warning is part of it if the workers are of this machine and it has too little."""
+    need, here = prediction.need(shares.at_a_time), memory.room(torch.device("cpu"))
+    text = f"memory of each worker: about {need}, {shares.at_a_time} samples at a time"
+    if not place.gpu and not cluster.attached() and shares.workers * need.total > here:
+        text += f"\nwarning: it will hardly fit: {prediction.advice(here // shares.workers, shares)}"
+    return text
 
 
 @contextlib.contextmanager
