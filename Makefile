@@ -31,7 +31,7 @@ show: setup  ## the results of the last run
 	@$(BIN)/python -m darkmatter.report
 
 test: setup  ## all tests, in two processes
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-long: setup  ## the tests that take minutes each: every kind of fault (quarter of an hour)
 	$(BIN)/python -m pytest -m long

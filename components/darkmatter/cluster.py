@@ -42,6 +42,8 @@ class PlaceConfig(Config):
     """Compile the blocks of the backbone (torch.compile): a minute at the start, then shorter steps; worth it on GPUs."""
     activation_checkpointing: bool
     """Compute the inside of each block of the backbone twice instead of keeping it: less memory, a third more time."""
+    fsdp: bool
+    """Divide weights, gradients and the optimizer's state among the workers (FSDP2), for models that one GPU cannot hold."""
     storage: str
     """Folder, or address (s3://bucket/folder), of checkpoints, shared by all nodes. Outside DVC: an interrupted run finds
     its own by fingerprint."""
@@ -143,7 +145,7 @@ class WorkersFailed(RuntimeError):
     def __init__(self, message: str, reasons: Sequence[BaseException] = ()) -> None:
         super().__init__(message)
         self.reasons = reasons
-        """What workers raised; one that died raised nothing."""
+        """What workers raised; for one that died, what Ray says of it."""
 
 
 def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig, *, name: str) -> None:
@@ -162,7 +164,6 @@ def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     _check_resources(place)
@@ -190,9 +191,8 @@ def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig
             trainer.fit()
         except WorkerGroupError as error:
             failures = sorted(error.worker_failures.items())
-            reasons = [one._base_exc for _, one in failures if isinstance(one, UserExceptionWithTraceback)]
             text = "; ".join(f"worker {rank}: {_last_line(one)}" for rank, one in failures)
-            raise WorkersFailed(text, reasons) from error
+            raise WorkersFailed(text, list(error.worker_failures.values())) from error
         except (ControllerError, ray.exceptions.RayActorError) as error:  # the second: what watches the workers is gone
             raise WorkersFailed(_last_line(error)) from error
 

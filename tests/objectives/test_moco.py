@@ -162,14 +162,14 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     globals()["SMALL"] = VERSION_3
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.save(test_ranks.train("moco"), Path(folder) / f"{rank}.pt")
+    torch.save(test_ranks.train("moco", 1), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_ranks_of_version_3_agree_with_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "SMALL", VERSION_3)
     torch.multiprocessing.spawn(rank_main, (free_port(), str(tmp_path)), nprocs=2)
-    alone = test_ranks.train("moco")
+    alone = test_ranks.train("moco", 1)
     assert "gradient of predictor.0.weight" in alone
     for rank in range(2):
         together = torch.load(tmp_path / f"{rank}.pt")

@@ -1,6 +1,7 @@
 """One rank and W ranks give the same loss, gradient and state for the same global batch: real processes over gloo.
 
-So do options that save memory: a batch in parts, and the inside of blocks computed again in the backward pass.
+So do options that save memory: a batch in parts, the inside of blocks computed again in the backward pass, the weights
+divided among the ranks.
 """
 
 import traceback
@@ -20,6 +21,12 @@ from darkmatter.training import parallel
 
 GLOBAL_BATCH = 12
 STEPS = 5
+#: Ranks, parts of a batch, and options of `parallel.lay_out`.
+LAYOUTS: dict[str, tuple[int, int, dict[str, bool]]] = {
+    "3": (3, 1, {}),
+    "2 in parts, again": (2, 2, {"activation_checkpointing": True}),
+    "2 with divided weights, in parts": (2, 2, {"fsdp": True}),
+}
 
 
 def train(name: str, parts: int, **layout: bool) -> dict[str, torch.Tensor]:
@@ -39,7 +46,8 @@ def train(name: str, parts: int, **layout: bool) -> dict[str, torch.Tensor]:
             optimizer.step()
             method.after_step(step / STEPS)
     gradients = {f"gradient of {key}": p.grad for key, p in method.named_parameters() if p.requires_grad}
-    return {"losses and terms": torch.stack(losses), **gradients, **method.state_dict()}
+    state = {"losses and terms": torch.stack(losses), **gradients, **method.state_dict()}
+    return parallel.whole(state, keep=True)
 
 
 def rank_main(rank: int, world_size: int, port: int, folder: str, parts: int, layout: dict[str, bool]) -> None:
@@ -56,15 +64,13 @@ def rank_main(rank: int, world_size: int, port: int, folder: str, parts: int, la
     dist.destroy_process_group()
 
 
-@pytest.fixture(
-    scope="module", params=[(2, 1, False), (3, 1, False), (2, 2, True)], ids=["2", "3", "2 in parts, again"]
-)
+@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=LAYOUTS)
 def together(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, list[dict[str, Any]]]:
     """The parts of a batch, and what every rank of a group computed, by objective."""
-    ranks, parts, again = request.param
-    folder, layout = tmp_path_factory.mktemp("ranks"), {"activation_checkpointing": again}
+    ranks, parts, layout = request.param
+    folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(rank_main, (ranks, free_port(), str(folder), parts, layout), nprocs=ranks)
     return parts, [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 

@@ -24,15 +24,13 @@ CONFIG = PretrainConfig(
 
 
 #: A method trained with everything that is off by default.
-OTHER = {
-    "vicreg": {"optimizer": "lars", "accumulate": 2, "layer_decay": 0.8, "weight_decay_end": 0.2, "clip_norm": 1.0}
-}
+OTHER = {"mae": {"optimizer": "lars", "accumulate": 2, "layer_decay": 0.8, "weight_decay_end": 0.2, "clip_norm": 1.0}}
 
 
 def place(folder: Path, **changes: Any) -> PlaceConfig:
     """Two workers of one core each; MLflow is where nobody listens, which costs a message only."""
     values = {
-        "workers": 2, "cpus_per_worker": 1, "gpu": False, "compile": False, "activation_checkpointing": False,
+        "workers": 2, "cpus_per_worker": 1, "gpu": False, "compile": False, "activation_checkpointing": False, "fsdp": False,
         "storage": str(folder / "storage"), "data": "", "max_restarts": 2,
         "cache": str(folder / "cache"), "cache_gibibytes": 1.0, "stall_seconds": 60.0, "keep_checkpoints": 2,
         "mlflow": "http://127.0.0.1:9",

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,12 @@ def plan(method: Objective) -> list[View]:
     return [*(View(number=number, local=False, size=8) for number in range(method.num_views)), *small]
 
 
-def predicted(method: Objective, **options: bool) -> memory.Prediction:
+def predicted(method: Objective, **options: Any) -> memory.Prediction:
     return memory.Prediction(
-        method, plan(method), optimizer="adamw", **{"gpu": False, "activation_checkpointing": False, **options}
+        method,
+        plan(method),
+        optimizer="adamw",
+        **{"gpu": False, "activation_checkpointing": False, "holders": 1, **options},
     )
 
 
@@ -45,6 +49,10 @@ def test_weights_gradients_and_moments_are_counted_once_each() -> None:
     assert need.weights == sum(x.numel() * x.element_size() for x in (*method.parameters(), *method.buffers()))
     assert need.views == 4 * 2 * 64 * 4
     assert need.total == sum(dataclasses.astuple(need))
+    half = predicted(method, holders=2).need(4)
+    buffers = sum(x.numel() * x.element_size() for x in method.buffers())
+    assert half.weights - buffers == (need.weights - buffers) // 2
+    assert (half.gradients, half.optimizer) == (need.gradients // 2, need.optimizer // 2)
 
 
 def test_checkpointed_blocks_and_bf16_keep_less() -> None:

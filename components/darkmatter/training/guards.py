@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from darkmatter import collectives, health
@@ -160,7 +161,8 @@ def _copy(into: list[Tensor], values: list[Tensor]) -> None:
 def gradient_norm(module: nn.Module) -> Tensor:
     """Of all parameters together, 2-norm; not finite if any element is not."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    return nn.utils.get_total_norm(gradients)
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @torch.no_grad()

@@ -36,8 +36,10 @@ class TrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        parallel.load_objective(self.objective, state["objective"])
+        parallel.load_optimizer(self.optimizer, state["optimizer"])
+        self.numbers.load_state_dict(state["numbers"])
+        self.collapse.load_state_dict(state["collapse"])
 
     def _parts(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "step"}
@@ -133,8 +135,10 @@ def fit(
                 recorder.write(row, clock)
             if looking and state.step > total / 3:  # before, a margin may be anything
                 state.collapse.look(row["energy_margin"], state.step, objective)
-            if recorder and saving:
-                saver.save(state.step, state.state_dict(), margin)
+            if saving:
+                whole = parallel.whole(state.state_dict(), keep=recorder is not None)
+                if recorder:
+                    saver.save(state.step, whole, margin)
                 clock.spent("save")
             alive()
             if ending:

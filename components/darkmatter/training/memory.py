@@ -62,7 +62,14 @@ class Prediction:
     keeps of them is added up. What libraries take for themselves comes on top; a CUDA context is half a GiB."""
 
     def __init__(
-        self, objective: Objective, plan: Sequence[View], *, optimizer: str, gpu: bool, activation_checkpointing: bool
+        self,
+        objective: Objective,
+        plan: Sequence[View],
+        *,
+        optimizer: str,
+        gpu: bool,
+        activation_checkpointing: bool,
+        holders: int,
     ) -> None:
         """
         Args:
@@ -71,9 +78,11 @@ class Prediction:
             optimizer: as in `optimizers.build`.
             gpu: activations are of bf16.
             activation_checkpointing: as in `parallel.lay_out`.
+            holders: workers that hold a part of the model each; 1 where each holds all of it.
         """
         trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        self._weights, self._gradients = _bytes([*objective.parameters(), *objective.buffers()]), _bytes(trained)
+        self._weights = _bytes(list(objective.parameters())) // holders + _bytes(list(objective.buffers()))
+        self._gradients = _bytes(trained) // holders
         self._optimizer = optimizers.MOMENTS[optimizer] * self._gradients
         self._view = sum(4 * objective.backbone.channels * view.size**2 for view in plan)
         objective = copy.deepcopy(objective).train()

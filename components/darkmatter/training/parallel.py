@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -20,9 +23,15 @@ from darkmatter.stream import Batch
 
 
 def lay_out(
-    objective: Objective, device: torch.device, *, compile: bool = False, activation_checkpointing: bool = False
+    objective: Objective,
+    device: torch.device,
+    *,
+    compile: bool = False,
+    activation_checkpointing: bool = False,
+    fsdp: bool = False,
 ) -> Callable[[Views, Samples], Terms]:
     """Moves the objective to the device, and returns it, or what averages its gradients over the ranks when it is called.
+    An optimizer is made after it.
 
     Args:
         objective: its parameters stay its own.
@@ -31,10 +40,22 @@ def lay_out(
         activation_checkpointing: keep only what enters each block, and compute the rest again in the backward pass: a third
             more time for a fraction of the memory. T. Chen et al., "Training deep nets with sublinear memory cost" (2016),
             https://arxiv.org/abs/1604.06174.
+        fsdp: each rank holds a part of every weight, gradient and moment, and a block's whole weights only while it is
+            computed; nothing on one rank. Y. Zhao et al., "PyTorch FSDP" (2023), https://arxiv.org/abs/2304.11277.
     """
-    objective = objective.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # FSDP takes no weights of another memory format.
+    weights = torch.contiguous_format if fsdp else torch.channels_last
+    objective = objective.to(device, memory_format=weights)  # type: ignore[call-overload]
     change_blocks(objective, compile=compile, activation_checkpointing=activation_checkpointing)
     if collectives.world_size() == 1:
+        return objective
+    if fsdp:
+        mesh = init_device_mesh(device.type, (collectives.world_size(),))
+        for block in blocks(objective):
+            fully_shard(block, mesh=mesh)
+        fully_shard(objective, mesh=mesh, reshard_after_forward=False)
+        for name in ("energy", "embed"):  # what is called beside forward
+            register_fsdp_forward_method(objective, name)
         return objective
     # Buffers are not broadcast: they are equal on all ranks already, since batch norms use global statistics. The name of
     # the option is a new one in torch 2.14, which warns of the old one, the only one that 2.11 has.
@@ -108,6 +129,8 @@ def backward(
     sums: dict[str, Tensor] = {}
     for part in range(parts):
         last = part == parts - 1
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
         alone = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
         with alone:
             with autocast(device), global_batch_norm():
@@ -116,6 +139,45 @@ def backward(
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach() / parts
     return sums
+
+
+def whole(state: Any, *, keep: bool) -> Any:
+    """A nested state in which what ranks hold in parts is put together, in main memory. All ranks call it; those that do not
+    keep it get None in such places."""
+    if isinstance(state, DTensor):
+        full = state.full_tensor()
+        return full.cpu() if keep else None
+    if isinstance(state, dict):
+        return {name: whole(value, keep=keep) for name, value in state.items()}
+    return [whole(value, keep=keep) for value in state] if isinstance(state, list | tuple) else state
+
+
+def load_objective(objective: nn.Module, state: dict[str, Tensor]) -> None:
+    """From a whole state; of what ranks hold in parts each takes its own."""
+    own = objective.state_dict()
+    objective.load_state_dict({name: _part(value, own.get(name)) for name, value in state.items()})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Likewise."""
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        number: {
+            name: _part(value, parameter) if getattr(value, "shape", None) == parameter.shape else value
+            for name, value in state["state"][number].items()
+        }
+        for number, parameter in zip(numbers, parameters, strict=True)
+        if number in state["state"]
+    }
+    optimizer.load_state_dict({**state, "state": moments})
+
+
+def _part(value: Tensor, like: Tensor | None) -> Tensor:
+    if not isinstance(like, DTensor):
+        return value
+    # Every rank has read the whole: nothing has to be sent.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def fed(batches: Iterator[Batch[Prepared]], device: torch.device) -> Iterator[Batch[Prepared]]:

@@ -76,6 +76,7 @@ def pretrain(
         optimizer=config.optimizer,
         gpu=place.gpu,
         activation_checkpointing=place.activation_checkpointing,
+        holders=least if place.fsdp else 1,
     )
     print(_announce(objective, manifest, config, place, fingerprint, steps), flush=True)
     print(_announce_memory(prediction, memory.Shares(config.batch_size, least, config.accumulate), place), flush=True)
@@ -185,6 +186,7 @@ def work(job: dict[str, Any], device: torch.device) -> None:
                         session=run.session,
                         compile=run.place.compile,
                         activation_checkpointing=run.place.activation_checkpointing,
+                        fsdp=run.place.fsdp,
                     )
             except memory.DoesNotFit:  # on another machine it may: the driver ends, the run does not
                 raise
