@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # DVC runs `python`; it must be this environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo show test test-long lint check docs bench bench-growth bench-engines bench-training bench-objectives lock clean
+.PHONY: help setup demo show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -59,6 +59,9 @@ bench-engines: setup  ## few-shot accuracy by each engine of the views; CLIP_ART
 bench-training: setup  ## a step beside lightly's, the cost of a save; IMAGES=folder of colour images (an hour)
 	$(BIN)/python -m pip install --quiet --no-deps lightly==1.6.0 lightly_utils==0.0.2 lightning-utilities
 	$(BIN)/python benchmarks/training.py folder:$(IMAGES)
+
+bench-workers: setup  ## Ray beside torchrun, two workers beside one; IMAGES=folder of colour images (a quarter of an hour)
+	$(BIN)/python benchmarks/workers.py folder:$(IMAGES)
 
 bench-objectives: setup  ## every objective beside the others and lightly's; CLIP_ART=folder adds a second data set
 	$(BIN)/python -m pip install --quiet --no-deps lightly==1.6.0 lightly_utils==0.0.2

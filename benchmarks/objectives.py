@@ -179,8 +179,8 @@ def scores(objective: Any, folder: Path, held_out: Sequence[Tensor]) -> dict[str
 def mebibytes(objective: nn.Module, views: Sequence[Tensor], samples: Tensor) -> float:
     """That a step of a fresh objective holds at its peak: weights, buffers, gradients, AdamW's two moments, and what the
     backward pass needs of the forward pass. Counted, not sampled: a process's resident size says more of its allocator."""
-    held = sum(tensor.numel() * tensor.element_size() for tensor in (*objective.parameters(), *objective.buffers()))
-    trained = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
+    held = memory.nbytes([*objective.parameters(), *objective.buffers()])
+    trained = memory.nbytes(p for p in objective.parameters() if p.requires_grad)
     return (held + 3 * trained + memory.kept(objective, views, samples)) / 2**20
 
 

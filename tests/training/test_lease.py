@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from darkmatter.training import lease
-from darkmatter.training.lease import LOST, Held, Lease
+from darkmatter.training.lease import LOST, Held, held
 
 HOLDS = """
 import sys, time
 from darkmatter.training import lease
 lease._RENEW = 0.1
-with lease.Lease(sys.argv[1]):
+with lease.held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(1000)
 """
@@ -41,7 +41,7 @@ def holder(tmp_path: Path):  # type: ignore[no-untyped-def]
 
 
 def test_a_second_driver_is_refused_with_the_name_of_the_first(tmp_path: Path, holder: subprocess.Popen) -> None:
-    with pytest.raises(Held, match=rf"process {holder.pid} on .* trains this run"), Lease(str(tmp_path)):
+    with pytest.raises(Held, match=rf"process {holder.pid} on .* trains this run"), held(str(tmp_path)):
         pytest.fail("held twice")
     assert json.loads((tmp_path / "lease.json").read_text())["pid"] == holder.pid
 
@@ -52,7 +52,7 @@ def test_what_a_process_that_was_killed_here_held_is_free_at_once(
     monkeypatch.setattr(lease, "_EXPIRE", 1000.0)
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    with Lease(str(tmp_path)):
+    with held(str(tmp_path)):
         assert json.loads((tmp_path / "lease.json").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "lease.json").exists()
 
@@ -60,7 +60,7 @@ def test_what_a_process_that_was_killed_here_held_is_free_at_once(
 def test_another_machine_s_is_free_after_a_while_without_a_sign(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     gone = {"token": "x", "host": "elsewhere", "pid": 1, "started": 0.0, "renewed": 0.0}
     (tmp_path / "lease.json").write_text(json.dumps(gone))
-    with Lease(str(tmp_path)):
+    with held(str(tmp_path)):
         assert json.loads((tmp_path / "lease.json").read_text())["token"] != "x"
     assert "waiting for a sign of life of process 1 on elsewhere" in capsys.readouterr().out
 

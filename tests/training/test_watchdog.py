@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from darkmatter.training import watchdog
-from darkmatter.training.watchdog import STALLED, Watchdog
+from darkmatter.training.watchdog import STALLED, watched
 
 HANGS = """
 import sys, threading, time
@@ -21,7 +21,7 @@ def a_step_that_hangs():
     threading.Thread(target=a_loader_that_is_stuck, daemon=True).start()
     time.sleep(1000)
 
-with watchdog.Watchdog(0.3, stacks=sys.argv[1]) as dog:
+with watchdog.watched(0.3, stacks=sys.argv[1]) as dog:
     time.sleep(0.5)
     dog.alive()
     a_step_that_hangs()
@@ -49,7 +49,7 @@ def test_one_that_goes_on_lives_and_the_first_step_may_take_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watchdog.os, "_exit", lambda status: pytest.fail("ended"))
-    with Watchdog(0.2, stacks=str(tmp_path / "stacks.txt")) as dog:
+    with watched(0.2, stacks=str(tmp_path / "stacks.txt")) as dog:
         time.sleep(0.5)
         for _ in range(10):
             dog.alive()

@@ -12,7 +12,8 @@ import socket
 import sys
 import threading
 import time
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -30,14 +31,25 @@ class Held(Stopped):
     """Another driver trains this run."""
 
 
-class Lease:
-    """Held within the block."""
+@contextmanager
+def held(address: str) -> Iterator[None]:
+    """The lease of the run at this address is ours within the block.
 
+    Raises:
+        Held: by a driver that lives.
+        Unreadable: the store cannot be reached.
+    """
+    lease = _Lease(address)
+    lease.take()
+    try:
+        with beside(lease.renew, "lease"):
+            yield
+    finally:
+        lease.give_back()
+
+
+class _Lease:
     def __init__(self, address: str) -> None:
-        """
-        Args:
-            address: of the run.
-        """
         self._address = remote.join(address, "lease.json")
         self._mine = {
             "token": secrets.token_hex(8),
@@ -45,14 +57,8 @@ class Lease:
             "pid": os.getpid(),
             "started": psutil.Process().create_time(),
         }
-        self._beside = beside(self._renew, "lease")
 
-    def __enter__(self) -> "Lease":
-        """
-        Raises:
-            Held: by a driver that lives.
-            Unreadable: the store cannot be reached.
-        """
+    def take(self) -> None:
         other = self._read()
         if other is not None and not self._is_gone(other):
             self._wait_for_a_sign_of(other)
@@ -60,13 +66,19 @@ class Lease:
         time.sleep(_SETTLE)
         if (found := self._read()) is not None and found["token"] != self._mine["token"]:
             raise self._held(found)
-        self._beside.__enter__()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._beside.__exit__(kind, error, traceback)
+    def renew(self, done: threading.Event) -> None:
+        while not done.wait(_RENEW):
+            try:
+                found = self._read()
+                if found is not None and found["token"] != self._mine["token"]:
+                    print(f"darkmatter: {self._held(found)}; this one ends", file=sys.stderr, flush=True)
+                    os._exit(LOST)
+                self._write()
+            except remote.Unreadable as error:  # away for a while: whoever wants the lease cannot read it either
+                print(f"darkmatter: the lease could not be renewed ({error})", file=sys.stderr, flush=True)
+
+    def give_back(self) -> None:
         found = self._read()
         if found is not None and found["token"] == self._mine["token"]:
             remote.remove(self._address)
@@ -106,17 +118,6 @@ class Lease:
 
     def _write(self) -> None:
         remote.write(self._address, json.dumps({**self._mine, "renewed": time.time()}).encode())
-
-    def _renew(self, done: threading.Event) -> None:
-        while not done.wait(_RENEW):
-            try:
-                found = self._read()
-                if found is not None and found["token"] != self._mine["token"]:
-                    print(f"darkmatter: {self._held(found)}; this one ends", file=sys.stderr, flush=True)
-                    os._exit(LOST)
-                self._write()
-            except remote.Unreadable as error:  # away for a while: whoever wants the lease cannot read it either
-                print(f"darkmatter: the lease could not be renewed ({error})", file=sys.stderr, flush=True)
 
 
 def _name(holder: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import psutil
@@ -81,8 +81,8 @@ class Prediction:
             holders: workers that hold a part of the model each; 1 where each holds all of it.
         """
         trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        self._weights = _bytes(list(objective.parameters())) // holders + _bytes(list(objective.buffers()))
-        self._gradients = _bytes(trained) // holders
+        self._weights = nbytes(objective.parameters()) // holders + nbytes(objective.buffers())
+        self._gradients = nbytes(trained) // holders
         self._optimizer = optimizers.MOMENTS[optimizer] * self._gradients
         self._view = sum(4 * objective.backbone.channels * view.size**2 for view in plan)
         objective = copy.deepcopy(objective).train()
@@ -152,7 +152,7 @@ def kept(objective: nn.Module, views: Views, samples: Samples) -> int:
     return sum(sizes.values())
 
 
-def _bytes(tensors: Sequence[Tensor]) -> int:
+def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -43,13 +43,14 @@ def lay_out(
         fsdp: each rank holds a part of every weight, gradient and moment, and a block's whole weights only while it is
             computed; nothing on one rank. Y. Zhao et al., "PyTorch FSDP" (2023), https://arxiv.org/abs/2304.11277.
     """
+    divided = fsdp and collectives.world_size() > 1
     # FSDP takes no weights of another memory format.
-    weights = torch.contiguous_format if fsdp else torch.channels_last
+    weights = torch.contiguous_format if divided else torch.channels_last
     objective = objective.to(device, memory_format=weights)  # type: ignore[call-overload]
     change_blocks(objective, compile=compile, activation_checkpointing=activation_checkpointing)
     if collectives.world_size() == 1:
         return objective
-    if fsdp:
+    if divided:
         mesh = init_device_mesh(device.type, (collectives.world_size(),))
         for block in blocks(objective):
             fully_shard(block, mesh=mesh)
@@ -89,11 +90,11 @@ def blocks(objective: nn.Module) -> list[nn.Module]:
     return [block for row in rows for block in row if any(one.requires_grad for one in block.parameters())]
 
 
-def _forward_again(block: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
+def _forward_again(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
     def contexts() -> tuple[Any, Any]:
         return contextlib.nullcontext(), _second_forward(block)
 
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **options)
 
 
 @contextlib.contextmanager

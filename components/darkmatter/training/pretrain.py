@@ -19,10 +19,9 @@ from darkmatter.beside import beside
 from darkmatter.console import Preempted, Stopped
 from darkmatter.store import Store
 from darkmatter.stream import Stream, steps_per_epoch
-from darkmatter.training import PretrainConfig, goodput, history, loop, memory
-from darkmatter.training.lease import Lease
+from darkmatter.training import PretrainConfig, goodput, history, lease, loop, memory
 from darkmatter.training.run import Run
-from darkmatter.training.watchdog import Watchdog
+from darkmatter.training.watchdog import watched
 
 _OF_A_ROW = ("step", "epoch", "images_per_second", "time", "session", "workers")  # not of the whole run
 _HELD_OUT = 512  # samples behind each energy margin: its standard error is about 0.01 at 0.95
@@ -64,24 +63,25 @@ def pretrain(
     manifest.verify(train_folder)
     least, most = place.worker_range
     for workers in range(least, most + 1):
-        shares = workers * config.accumulate
-        steps = config.epochs * steps_per_epoch(manifest.samples("train"), config.batch_size, shares)
+        equal = workers * config.accumulate
+        steps = config.epochs * steps_per_epoch(manifest.samples("train"), config.batch_size, equal)
     objective = model.build(spec, seed=config.seed)  # a wrong option fails here, before any process is started
     fingerprint = run_fingerprint(manifest, spec, config)
     run = Run.of(fingerprint, place)
     views = training_set.choose_views(spec.views, spec.images)
-    prediction = memory.Prediction(
-        objective,
-        views.plan(objective.num_views),
-        optimizer=config.optimizer,
-        gpu=place.gpu,
-        activation_checkpointing=place.activation_checkpointing,
-        holders=least if place.fsdp else 1,
-    )
     print(_announce(objective, manifest, config, place, fingerprint, steps), flush=True)
-    print(_announce_memory(prediction, memory.Shares(config.batch_size, least, config.accumulate), place), flush=True)
-    with Lease(run.address), run.stopping_at_sigterm():
+    with lease.held(run.address), run.stopping_at_sigterm():
         if not run.stopped():
+            prediction = memory.Prediction(
+                objective,
+                views.plan(objective.num_views),
+                optimizer=config.optimizer,
+                gpu=place.gpu,
+                activation_checkpointing=place.activation_checkpointing,
+                holders=least if place.fsdp else 1,
+            )
+            shares = memory.Shares(config.batch_size, least, config.accumulate)
+            print(_announce_memory(prediction, shares, place), flush=True)
             data = _publish(train_folder, manifest, config, place)
             job = {
                 "data": dataclasses.asdict(data),
@@ -151,7 +151,7 @@ def work(job: dict[str, Any], device: torch.device) -> None:
     run = Run(**job["run"])
     rank = collectives.rank()
     stacks = f"{run.address}/stacks/{time.strftime('%Y%m%d-%H%M%S')}-rank-{rank}.txt"
-    with Watchdog(run.place.stall_seconds, stacks=stacks) as watchdog:
+    with watched(run.place.stall_seconds, stacks=stacks) as dog:
         views = training_set.choose_views(spec.views, spec.images)
         objective = model.build(spec, seed=config.seed)
         data = _Data(**job["data"])
@@ -181,7 +181,7 @@ def work(job: dict[str, Any], device: torch.device) -> None:
                         config,
                         checkpoints=run.checkpoints,
                         device=device,
-                        alive=watchdog.alive,
+                        alive=dog.alive,
                         asked_to_stop=run.asked_to_stop if rank == 0 else lambda: False,
                         session=run.session,
                         compile=run.place.compile,

@@ -6,7 +6,8 @@ import sys
 import tempfile
 import threading
 import time
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from darkmatter import remote
 from darkmatter.beside import beside
@@ -16,33 +17,31 @@ _GRACE = 5.0  # seconds between the stacks and the end: the other ranks, which w
 _FIRST = 10.0  # the first step may take so many times as long: it compiles, and fills caches
 
 
-class Watchdog:
-    """Of one process. Whoever does not call `alive` for `seconds` is ended with status `STALLED`."""
+@contextmanager
+def watched(seconds: float, *, stacks: str) -> Iterator["Watchdog"]:
+    """If the block does not call `alive` for so long, its process is ended with status `STALLED`.
 
-    def __init__(self, seconds: float, *, stacks: str) -> None:
-        """
-        Args:
-            seconds: of patience between two calls of `alive`; ten times as long before the first.
-            stacks: address of the file for the stacks of all threads.
-        """
+    Args:
+        seconds: of patience between two calls of `alive`; ten times as long before the first.
+        stacks: address of the file for the stacks of all threads.
+    """
+    dog = Watchdog(seconds, stacks)
+    with beside(dog.watch, "watchdog"):
+        yield dog
+
+
+class Watchdog:
+    """Of one process."""
+
+    def __init__(self, seconds: float, stacks: str) -> None:
         self._seconds, self._stacks = seconds, stacks
         self._deadline = time.monotonic() + _FIRST * seconds
-        self._beside = beside(self._watch, "watchdog")
 
     def alive(self) -> None:
         """A step is done."""
         self._deadline = time.monotonic() + self._seconds
 
-    def __enter__(self) -> "Watchdog":
-        self._beside.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._beside.__exit__(kind, error, traceback)
-
-    def _watch(self, done: threading.Event) -> None:
+    def watch(self, done: threading.Event) -> None:
         while not done.wait(min(1.0, self._seconds / 10)):  # the deadline of the first step is moved nearer by it
             if time.monotonic() < self._deadline:
                 continue

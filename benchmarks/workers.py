@@ -1,0 +1,122 @@
+"""What Ray costs, and what a second worker brings: the same training under Ray and under torchrun, with one and two workers.
+
+    make bench-workers        # a quarter of an hour on two cores; writes into docs/performance.md
+
+All is the stage `pretrain` as it is; for torchrun only the line that starts the workers is another. Each worker has one core
+and one thread. The speed is that of the history's rows, without the first, which has the start in it.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from darkmatter import cluster
+from darkmatter.training import PretrainConfig, history, pretrain
+from data import PAGE, replace_section
+from training import prepare, specification
+
+BATCH, ROW = 32, 5  # images a step; steps a row of the history
+SIDES = {"Ray, 2 workers": (2, False), "torchrun, 2 workers": (2, True), "Ray, 1 worker": (1, False)}
+
+
+def speed(folder: Path, workers: int, torchrun: bool, epochs: int) -> float:
+    """Images a second, once it runs."""
+    with tempfile.TemporaryDirectory() as name:
+        place = cluster.PlaceConfig(
+            workers=workers, cpus_per_worker=1, gpu=False, compile=False, activation_checkpointing=False, fsdp=False,
+            storage=name, data="", cache=f"{name}/cache", cache_gibibytes=1.0, mlflow=f"sqlite:///{name}/mlflow.db",
+            max_restarts=0, stall_seconds=600.0, keep_checkpoints=1,
+        )  # fmt: skip
+        config = PretrainConfig(
+            seed=0, epochs=epochs, batch_size=BATCH, accumulate=1, shuffle_shards=0, optimizer="adamw",
+            learning_rate=0.0001, warmup_epochs=0, layer_decay=1.0, weight_decay=0.05, weight_decay_end=0.05,
+            clip_norm=0.0, log_every=ROW, save_every=10**9, health_every=10**9, min_energy_margin=0.0,
+        )  # fmt: skip
+        launcher = under_torchrun if torchrun else cluster.train
+        with mock.patch.object(cluster, "train", launcher):
+            pretrain.pretrain(
+                folder / "train",
+                specification("simclr", "resnet18", folder),
+                config,
+                place,
+                out=Path(name) / "model",
+                plot=Path(name) / "history.csv",
+            )
+        (run,) = Path(name).glob("pretrain-*")
+        # The last row has a look at the health in it.
+        return statistics.median(row["images_per_second"] for row in history.read(str(run))[1:-1])
+
+
+def under_torchrun(
+    function: Callable[..., None], job: dict[str, Any], place: cluster.PlaceConfig, *, name: str
+) -> None:
+    """Stands for `cluster.train`."""
+    least, _ = place.worker_range
+    with tempfile.NamedTemporaryFile(suffix=".pickle") as file:
+        file.write(pickle.dumps((function, job)))
+        file.flush()
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={least}", __file__]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *command, "--worker", file.name], check=True, env=environment)
+
+
+def work(file: str) -> None:
+    """What torchrun starts."""
+    function, job = pickle.loads(Path(file).read_bytes())
+    torch.distributed.init_process_group("gloo")
+    try:
+        function(job, torch.device("cpu"))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", help="folder:/data/photos, or another source of colour images")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
+    arguments = parser.parse_args()
+    found: dict[str, list[float]] = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as name, cluster.session():
+        folder = Path(name)
+        prepare(arguments.images, folder)
+        for number in range(arguments.rounds):
+            for side, (workers, torchrun) in SIDES.items():
+                found[side].append(speed(folder, workers, torchrun, arguments.epochs))
+            print(json.dumps({side: speeds[-1] for side, speeds in found.items()}), flush=True)
+    ray, torchrun_, one = found.values()
+    lines = ["| | images/s | ratio | of all rounds |", "| --- | --- | --- | --- |"]
+    for title, speeds, others, scale in (
+        ("Ray, 2 workers, against torchrun", ray, torchrun_, 1),
+        ("2 workers, against twice 1 worker", ray, one, 2),
+    ):
+        ratios = [ours / (scale * other) for ours, other in zip(speeds, others, strict=True)]
+        lines.append(
+            f"| {title} | {statistics.median(speeds):.1f} | {statistics.median(ratios):.2f} | "
+            f"{min(ratios):.2f} to {max(ratios):.2f} |"
+        )
+    about = (
+        f"`make bench-workers`, {datetime.date.today()}, torch {torch.__version__}, {os.cpu_count()} cores: SimCLR, "
+        f"resnet18, batches of {BATCH}, two views of 96 pixels from shards, gloo, a core and a thread a worker, medians "
+        f"of {arguments.rounds} rounds in turns. Ray's own processes share the cores."
+    )
+    replace_section(PAGE, "## Ray's cost, and a second worker", [about, "", *lines])
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv:
+        work(sys.argv[-1])
+    else:
+        main()
