@@ -36,7 +36,7 @@ def speed(folder: Path, workers: int, torchrun: bool, epochs: int) -> float:
     with tempfile.TemporaryDirectory() as name:
         place = cluster.PlaceConfig(
             workers=workers, cpus_per_worker=1, gpu=False, compile=False, activation_checkpointing=False, fsdp=False,
-            storage=name, data="", cache=f"{name}/cache", cache_gibibytes=1.0, mlflow=f"sqlite:///{name}/mlflow.db",
+            storage=name, data="", cache=f"{name}/cache", features=f"{name}/features", cache_gibibytes=1.0, mlflow=f"sqlite:///{name}/mlflow.db",
             max_restarts=0, stall_seconds=600.0, keep_checkpoints=1,
         )  # fmt: skip
         config = PretrainConfig(
@@ -92,7 +92,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, cluster.session():
         folder = Path(name)
         prepare(arguments.images, folder)
-        for number in range(arguments.rounds):
+        for _ in range(arguments.rounds):
             for side, (workers, torchrun) in SIDES.items():
                 found[side].append(speed(folder, workers, torchrun, arguments.epochs))
             print(json.dumps({side: speeds[-1] for side, speeds in found.items()}), flush=True)

@@ -47,7 +47,10 @@ def page() -> str:
             continue
         key = "" if section == "evaluate" else f"`name`: one of {', '.join(plugin.names(target))}.\n\n"
         if section == "evaluate":
-            key = "`seed`: of the episodes. Every other key runs the evaluation of that name.\n\n"
+            key = (
+                "`seed`: of the episodes. `beside`: model folders, or networks of timm with their weights, to score as "
+                "well. Every other key runs the evaluation of that name.\n\n"
+            )
         parts.append(f"## {section}\n\n{key}".rstrip() + "\n")
         for name in plugin.names(target):
             module = importlib.import_module(f"darkmatter.{target}.{name}")

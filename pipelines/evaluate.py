@@ -16,7 +16,8 @@ def main() -> None:
         Path("models/backbone"),
         Path("data/shards"),
         tree["evaluate"],
-        champion=champion.embed if champion else None,
+        champion=champion,
+        place=place,
     )
     pictures.few_shot(results.tree, Path("plots/few_shot.png"))
     pictures.energies(*results.energies, Path("plots/energies.png"))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +10,19 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 import runs
 
-from darkmatter import evaluate, images, model, params, pictures, registry, report, shards
+from darkmatter import evaluate, model, params, pictures, registry, report, shards
 from darkmatter.registry import gate
+from test_features import FromFiles
 
 SECTION = {
     "seed": 0,
+    "beside": [],
     "few_shot": {"ways": [5], "shots": [1, 5, 500], "episodes": 200, "queries": 5},
     "knn": {"neighbours": 5, "temperature": 0.07},
     "rankme": {},
     "energy_margin": {},
+    "robustness": {"corruptions": ["noise"], "severity": 5, "ways": 5, "shots": 5, "episodes": 200, "queries": 5},
+    "localisation": {},
 }
 
 
@@ -34,11 +37,9 @@ def model_folder(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def results(digits: Path, model_folder: Path) -> evaluate.Results:
-    def champion(contents: Sequence[bytes]) -> np.ndarray:
-        pixels = [images.fit(images.decode(one), size=28, channels=1).ravel() / 255 for one in contents]
-        return np.stack(pixels).astype(np.float32)
-
-    return evaluate.evaluate(model_folder, digits / "shards", SECTION, champion=champion)
+    champion = dataclasses.replace(FromFiles(), name="champion")
+    place = runs.place(model_folder.parent)
+    return evaluate.evaluate(model_folder, digits / "shards", SECTION, champion=champion, place=place)
 
 
 def measured(results: evaluate.Results) -> list[dict]:
@@ -51,8 +52,8 @@ def test_every_subject_is_scored_on_every_protocol(results: evaluate.Results, di
     assert list(results.tree["few_shot"]) == ["5-way 1-shot", "5-way 5-shot", "5-way 500-shot"]
     assert results.tree["few_shot"]["5-way 500-shot"] == {"skipped": "0 classes have 505 labelled test samples"}
     for row in measured(results):
-        assert set(row) == {"pretrained", "untrained", "pixels", "champion", "advantage"}
-        assert set(row["advantage"]) == {"untrained", "pixels", "champion"}
+        assert set(row) == {"pretrained", "untrained", "pixels", "histogram", "champion", "advantage"}
+        assert set(row["advantage"]) == {"untrained", "pixels", "histogram", "champion"}
     assert set(results.tree["energy_margin"]["auroc"]) == {"pretrained", "untrained"}
 
 
@@ -64,6 +65,13 @@ def test_pretraining_helps(results: evaluate.Results) -> None:
     assert margin["pretrained"]["mean"] > margin["untrained"]["mean"]
     compatible, incompatible = results.energies
     assert compatible.mean() < incompatible.mean()
+
+
+def test_noise_takes_what_clean_pictures_gave(results: evaluate.Results) -> None:
+    clean, noisy = results.tree["few_shot"]["5-way 5-shot"], results.tree["robustness"]["5-way 5-shot noise 5"]
+    assert noisy["pretrained"]["mean"] < clean["pretrained"]["mean"] - noisy["pretrained"]["ci95"]
+    assert set(results.tree["localisation"]["segmentation"]) == {"pretrained", "untrained", "advantage"}
+    assert results.tree["localisation"]["position"]["pretrained"]["mean"] > 0.3
 
 
 def test_differences_are_paired(results: evaluate.Results) -> None:
@@ -84,7 +92,7 @@ def test_without_labels_what_needs_them_is_named_and_the_rest_is_measured(
         samples = [dataclasses.replace(one, label=None) for one in shards.read_shard(digits / "shards", shard)]
         parts.append(shards.write_shard(tmp_path / shard.path, samples, split=shard.split))
     shards.Manifest(classes=None, shards=parts).save(tmp_path)
-    results = evaluate.evaluate(model_folder, tmp_path, SECTION, champion=None)
+    results = evaluate.evaluate(model_folder, tmp_path, SECTION, champion=None, place=runs.place(tmp_path))
     assert results.tree["labelled"] == 0
     assert all("skipped" in row for row in results.tree["few_shot"].values())
     assert results.tree["knn"] == {"top-1 k=5": {"skipped": "there are no labels"}}

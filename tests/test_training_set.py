@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from conftest import augment_config
 from darkmatter import images, shards, training_set
@@ -25,6 +26,21 @@ def test_no_label_and_no_test_sample_is_in_the_training_set(digits: Path) -> Non
         with tarfile.open(digits / "train" / shard.path) as tar:
             assert all(name.endswith(".png") for name in tar.getnames())
     assert json.loads((digits / "train" / "manifest.json").read_text())["classes"] is None
+
+
+def test_nothing_before_evaluation_reads_the_test_split(digits: Path, tmp_path: Path) -> None:
+    """With rubbish in its place the training set is the same, and pretraining has nothing but that."""
+    shutil.copytree(digits / "shards", tmp_path / "shards")
+    for shard in shards.Manifest.load(digits / "shards").shards:
+        if shard.split == "test":
+            for name in shard.files:
+                path = tmp_path / "shards" / name
+                path.write_bytes(b"x" * path.stat().st_size)
+    training_set.build(tmp_path / "shards", augment_config(), tmp_path / "train")
+    for path in (digits / "train").iterdir():
+        assert (tmp_path / "train" / path.name).read_bytes() == path.read_bytes()
+    stages = yaml.safe_load((Path(__file__).parents[1] / "dvc.yaml").read_text())["stages"]
+    assert {name for name, stage in stages.items() if "data/shards" in stage["deps"]} == {"augment", "evaluate"}
 
 
 def test_training_images_are_the_originals_bounded(digits: Path) -> None:

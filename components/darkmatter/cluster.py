@@ -54,6 +54,9 @@ class PlaceConfig(Config):
     """Folder on each machine for the shards that come from there."""
     cache_gibibytes: float = Field(gt=0)
     """Its largest size."""
+    features: str
+    """Folder, or address, where evaluation keeps embeddings, by weights and data: a killed one goes on, and new data
+    costs only the new. May be removed at any time."""
     mlflow: str
     """Tracking URI of the registry; the environment variable MLFLOW_TRACKING_URI wins over it."""
     max_restarts: int = Field(ge=0)
@@ -110,9 +113,15 @@ def session() -> Iterator[None]:
 
 
 def map_tasks(
-    function: Callable[..., Answer], tasks: Iterable[tuple[Any, ...]], what: str, *, total: int | None = None
+    function: Callable[..., Answer],
+    tasks: Iterable[tuple[Any, ...]],
+    what: str,
+    *,
+    total: int | None = None,
+    gpu: bool = False,
 ) -> Iterator[Answer]:
-    """`function(*task)` for each task on all cores of the cluster, in order, with a progress bar over `total`.
+    """`function(*task)` for each task on all cores of the cluster, in order, with a progress bar over `total`; on all GPUs,
+    with `gpu`.
 
     Tasks are taken and answers given one after the other: at any time only a few of either exist. A task whose process
     dies is run again by Ray; an exception of a task is raised here.
@@ -120,8 +129,8 @@ def map_tasks(
     import ray
     from tqdm import tqdm
 
-    remote = ray.remote(function)
-    ahead = 2 * max(1, round(ray.cluster_resources().get("CPU", 1)))
+    remote = ray.remote(num_gpus=1)(function) if gpu else ray.remote(function)
+    ahead = 2 * max(1, round(ray.cluster_resources().get("GPU" if gpu else "CPU", 1)))
     pending: collections.deque[Any] = collections.deque()
     with tqdm(desc=what, unit="task", mininterval=1.0, total=total) as progress:
         for task in itertools.chain(tasks, itertools.repeat(None)):

@@ -1,26 +1,20 @@
 """The stage: a model folder and the labelled splits -> scores with intervals, beside what the model must beat."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
-from tqdm import tqdm
+from jaxtyping import Float
 
-from darkmatter import evaluations, health, images, model, plugin, shards, training_set
-from darkmatter.augmentations import Views
+from darkmatter import cluster, contenders, evaluations, model, plugin
+from darkmatter.changes import Change
+from darkmatter.contenders import Contender
 from darkmatter.evaluations import Score, Skipped, Subject
-from darkmatter.objectives import Objective
+from darkmatter.features import Extraction, Wanted
 from darkmatter.params import Config, ParamsError
-from darkmatter.stream import permutation
-
-_BATCH = 256
-Pictures = UInt8[np.ndarray, "batch channels size size"]
-Embed = Callable[[Pictures, Sequence[bytes]], Float[np.ndarray, "batch features"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,16 +26,39 @@ class Results:
     """Of compatible and of incompatible pairs, by the pretrained network."""
 
 
-def plan(section: Mapping[str, Any]) -> tuple[int, list[tuple[str, Any, Config]]]:
-    """The section `evaluate` of params.yaml: the seed, and (name, module, options) of each evaluation it names."""
-    if not isinstance(section.get("seed"), int):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The section `evaluate` of params.yaml."""
+
+    seed: int
+    beside: list[str]
+    """What else is scored: a model folder, or a network of timm."""
+    chosen: list[tuple[str, Any, Config]]
+    """Name, module and options of each evaluation."""
+
+    @property
+    def changes(self) -> list[Change]:
+        """Of the pictures of the test split, each once."""
+        asked = [module.wanted(options) for _, module, options in self.chosen if hasattr(module, "wanted")]
+        return list(dict.fromkeys(change for some in asked for change in some))
+
+
+def plan(section: Mapping[str, Any]) -> Plan:
+    """
+    Raises:
+        ParamsError: a key that nothing reads, or a wrong value.
+    """
+    seed, beside = section.get("seed"), section.get("beside", [])
+    if not isinstance(seed, int):
         raise ParamsError("evaluate.seed must be an integer")
+    if not isinstance(beside, list) or not all(isinstance(one, str) for one in beside):
+        raise ParamsError("evaluate.beside must be a list of model folders and networks of timm")
     chosen = []
     for name in section:
-        if name != "seed":
+        if name not in ("seed", "beside"):
             module = plugin.load("evaluations", name, where="evaluate")
             chosen.append((name, module, plugin.options(module, section, where="evaluate")))
-    return section["seed"], chosen
+    return Plan(seed=seed, beside=beside, chosen=chosen)
 
 
 def evaluate(
@@ -49,51 +66,82 @@ def evaluate(
     shards_folder: Path,
     section: Mapping[str, Any],
     *,
-    champion: Callable[[Sequence[bytes]], Float[np.ndarray, "batch features"]] | None,
+    champion: Contender | None,
+    place: cluster.PlaceConfig,
 ) -> Results:
-    """Scores the model, the same network untrained, raw pixels and, if there is one, the registered champion.
+    """Scores the model, the same network untrained, raw pixels, a colour histogram, the registered champion if there is one,
+    and what `evaluate.beside` names.
 
     Args:
         model_folder: what `pretrain` wrote.
         shards_folder: what `ingest` wrote; its test split is read here and nowhere else.
         section: `evaluate` of params.yaml.
-        champion: image files to embeddings.
+        champion: of the registry.
+        place: where features are computed and kept.
     """
-    seed, chosen = plan(section)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained, spec, provenance = model.load(model_folder)
-    untrained = model.build(spec, seed=provenance["seed"]).to(device)
-    trained = trained.to(device)
-    views = training_set.choose_views(spec.views, spec.images)
-    embedders: dict[str, Embed] = {
-        "pretrained": lambda pictures, _: embed(trained, pictures, device),
-        "untrained": lambda pictures, _: embed(untrained, pictures, device),
-        "pixels": lambda pictures, _: pictures.reshape(len(pictures), -1).astype(np.float32) / 255,
-    }
-    if champion is not None:
-        embedders["champion"] = lambda _, contents: champion(contents)
-
-    manifest = shards.Manifest.load(shards_folder)
-    bank, bank_labels = features(shards_folder, manifest, "train", embedders, spec)
-    queries, query_labels = features(shards_folder, manifest, "test", embedders, spec)
-    networks = {"pretrained": trained, "untrained": untrained}
-    energies = _energies(shards_folder, manifest, views, spec, networks, seed, device)
-    subjects = [
-        Subject(
-            name=name,
-            bank=bank[name],
-            bank_labels=bank_labels,
-            queries=queries[name],
-            query_labels=query_labels,
-            compatible=energies[name][0] if name in energies else None,
-            incompatible=energies[name][1] if name in energies else None,
-        )
-        for name in embedders
+    chosen = plan(section)
+    _, spec, _ = model.load(model_folder)
+    networks: list[Contender] = [
+        contenders.Network("pretrained", model_folder.resolve()),
+        contenders.Network("untrained", model_folder.resolve(), trained=False),
     ]
-    tree: dict[str, Any] = {"test_samples": len(query_labels), "labelled": int((query_labels >= 0).sum())}
-    for name, module, options in chosen:
-        tree[name] = _tabulate({one.name: list(module.scores(options, one, seed=seed)) for one in subjects})
-    return Results(tree=tree, energies=energies["pretrained"])
+    others: list[Contender] = [contenders.Pixels(), contenders.Histogram()]
+    others += [champion] if champion else []
+    others += [contenders.beside(one, spec.images) for one in chosen.beside]
+    extraction = Extraction(folder=shards_folder, spec=spec, seed=chosen.seed, cache=place.features, gpu=place.gpu)
+    with cluster.session():
+        subjects = _subjects(extraction, networks, others, chosen.changes)
+        names = [name for name, _, _ in chosen.chosen]
+        tasks = [(name, section, one, chosen.seed) for name in names for one in subjects]
+        answers = list(cluster.map_tasks(_score, tasks, "scoring", total=len(tasks)))
+    labels = subjects[0].query_labels
+    tree: dict[str, Any] = {"test_samples": len(labels), "labelled": int((labels >= 0).sum())}
+    for number, name in enumerate(names):
+        found = answers[number * len(subjects) : (number + 1) * len(subjects)]
+        tree[name] = _tabulate({one.name: scores for one, scores in zip(subjects, found, strict=True)})
+    return Results(tree=tree, energies=(np.asarray(subjects[0].compatible), np.asarray(subjects[0].incompatible)))
+
+
+def _subjects(
+    extraction: Extraction, networks: Sequence[Contender], others: Sequence[Contender], changes: Sequence[Change]
+) -> list[Subject]:
+    """Networks have an objective: its energy, its views, its patches."""
+    everyone = [*networks, *others]
+    plain = [Wanted(one) for one in everyone]
+    of_test = [Wanted(one, "features", change) for one in everyone for change in changes]
+    of_test += [Wanted(one, kind) for one in networks for kind in ("energies", "views")]
+    of_test += [Wanted(one, "similarity", change) for one in networks for change in changes if change.name == "paste"]
+    bank = extraction.arrays("train", plain)
+    validation = extraction.arrays("val", plain) if extraction.manifest.samples("val") else {}
+    test = extraction.arrays("test", [*plain, *of_test])
+    labels = {split: extraction.labels(split) for split in ("train", "val", "test")}
+    subjects = []
+    for one in everyone:
+        energies = test.get(Wanted(one, "energies"))
+        subjects.append(
+            Subject(
+                name=one.name,
+                bank=bank[Wanted(one)],
+                bank_labels=labels["train"],
+                validation=validation.get(Wanted(one), bank[Wanted(one)][:0]),
+                validation_labels=labels["val"],
+                queries=test[Wanted(one)],
+                query_labels=labels["test"],
+                changed={change: test[Wanted(one, "features", change)] for change in changes},
+                views=test.get(Wanted(one, "views")),
+                compatible=None if energies is None else energies[:, 0],
+                incompatible=None if energies is None else energies[:, 1],
+                similarity=test.get(Wanted(one, "similarity", Change("paste"))),
+            )
+        )
+    return subjects
+
+
+def _score(name: str, section: Mapping[str, Any], subject: Subject, seed: int) -> list[Score | Skipped]:
+    """One evaluation of one subject, in a worker."""
+    torch.set_num_threads(1)  # there is one task a core
+    module = plugin.load("evaluations", name, where="evaluate")
+    return list(module.scores(plugin.options(module, section, where="evaluate"), subject, seed=seed))
 
 
 def _tabulate(found: Mapping[str, Sequence[Score | Skipped]]) -> dict[str, Any]:
@@ -116,66 +164,3 @@ def _tabulate(found: Mapping[str, Sequence[Score | Skipped]]) -> dict[str, Any]:
 def _entry(score: Score) -> dict[str, Any]:
     entry: dict[str, Any] = {"mean": round(score.mean, 6), "ci95": None if score.ci95 is None else round(score.ci95, 6)}
     return entry if score.classes is None else {**entry, "classes": score.classes}
-
-
-def embed(objective: Objective, pictures: Pictures, device: torch.device) -> Float[np.ndarray, "batch features"]:
-    """What downstream teams would get for these pictures."""
-    return health.embeddings(objective, torch.from_numpy(pictures).to(device).float() / 255).numpy()
-
-
-def features(
-    folder: Path, manifest: shards.Manifest, split: shards.Split, embedders: Mapping[str, Embed], spec: model.ModelSpec
-) -> tuple[dict[str, Float[np.ndarray, "samples features"]], Int64[np.ndarray, " samples"]]:
-    """Features of every subject, decoded once; labels with -1 where there is none."""
-    parts: dict[str, list[Any]] = {name: [] for name in embedders}
-    with shards.Reader(folder, manifest, split) as reader:
-        if not len(reader):
-            raise ValueError(f"the {split} split is empty; raise ingest.{split}_fraction or give more data")
-        for chosen in tqdm(_batches(np.arange(len(reader))), desc=f"embedding {split}", unit="batch", mininterval=1.0):
-            contents = [reader.read(index) for index in chosen.tolist()]
-            pictures = np.stack(
-                [
-                    images.fit(images.decode(one), size=spec.images.image_size, channels=spec.images.channels)
-                    for one in contents
-                ]
-            )
-            for name, embedder in embedders.items():
-                parts[name].append(embedder(pictures, contents))
-        labels = reader.labels
-    return {name: np.concatenate(some) for name, some in parts.items()}, labels
-
-
-def _energies(
-    folder: Path,
-    manifest: shards.Manifest,
-    views: Views,
-    spec: model.ModelSpec,
-    objectives: Mapping[str, Objective],
-    seed: int,
-    device: torch.device,
-) -> dict[str, tuple[Float[np.ndarray, " samples"], Float[np.ndarray, " samples"]]]:
-    """Of each test sample: the energy of two of its views, and of one of them with a view of another sample."""
-    parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in objectives}
-    settings = spec.images
-    with shards.Reader(folder, manifest, "test") as reader:
-        order = permutation(seed, 0, len(reader))  # shuffled: neighbours in a source sorted by class are alike
-        for chosen in _batches(order):
-            prepared = [
-                images.encode(
-                    images.decode(one), max_side=settings.max_side, channels=settings.channels, encoding="png"
-                )
-                for one in map(reader.read, chosen.tolist())
-            ]
-            first, second = (view.to(device) for view in views(prepared, chosen, seed=seed, epoch=0)[:2])
-            for name, objective in objectives.items():
-                compatible, incompatible = health.pair_energies(objective, first, second)
-                parts[name].append((compatible.float().cpu().numpy(), incompatible.float().cpu().numpy()))
-    return {
-        name: (np.concatenate([one for one, _ in some]), np.concatenate([two for _, two in some]))
-        for name, some in parts.items()
-    }
-
-
-def _batches(indices: Int64[np.ndarray, " samples"]) -> list[Int64[np.ndarray, " batch"]]:
-    """Never a batch of one, unless there is one in all: a pair needs a second sample."""
-    return np.array_split(indices, math.ceil(len(indices) / _BATCH))

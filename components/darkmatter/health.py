@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -67,11 +68,69 @@ def rankme(embeddings: Float[Tensor, "batch features"]) -> float:
     return float(torch.exp(-(share * share.log()).sum()))
 
 
+def lidar(views: Float[Tensor, "samples views features"], *, delta: float = 1e-4) -> float:
+    """Effective rank of what tells samples apart, against what differs between views of one: 1 to the number of features.
+
+    V. Thilak et al., "LiDAR" (2023), https://arxiv.org/abs/2312.04000, section 4, equations 1 to 3; there 1,000 samples with
+    50 views each.
+    """
+    views = views.double()
+    means = views.mean(1)
+    apart, within = means - means.mean(0), (views - means[:, None]).flatten(0, 1)
+    between = apart.T @ apart / len(apart)
+    noise = within.T @ within / len(within) + delta * torch.eye(within.shape[1], dtype=within.dtype)
+    values, vectors = torch.linalg.eigh(noise)
+    whiten = vectors / values.clamp_min(delta / 2).sqrt() @ vectors.T
+    found = torch.linalg.eigvalsh(whiten @ between @ whiten).clamp_min(0)
+    share = found / found.sum().clamp_min(1e-12) + 1e-7
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+def alpha_req(embeddings: Float[Tensor, "batch features"], *, first: int = 5, last: int = 50) -> float:
+    """How fast the eigenvalues of the covariance fall: alpha of j^-alpha, fitted to ranks `first` to `last` on logarithms,
+    each weighted by 1 / j. Near 1 is best; larger, few dimensions carry all.
+
+    K. Agrawal et al., "alpha-ReQ" (2022), https://openreview.net/forum?id=ii9X4vtZGTZ, section 3; the fit is that of C.
+    Stringer et al., "High-dimensional geometry of population responses in visual cortex" (2019).
+    """
+    centred = embeddings.double() - embeddings.double().mean(0)
+    values = torch.linalg.svdvals(centred).square() / max(1, len(centred) - 1)
+    values = values[values > 1e-12 * values[0].clamp_min(1e-300)][:last]
+    start = min(first, max(1, len(values) - 1)) - 1  # a spectrum shorter than that is fitted as far as it goes
+    values = values[start:]
+    if len(values) < 2:
+        return float("inf")
+    ranks = torch.arange(start + 1, start + 1 + len(values), dtype=values.dtype)
+    weight = 1 / ranks
+    x, y = ranks.log(), values.log()
+    x, y = x - (weight * x).sum() / weight.sum(), y - (weight * y).sum() / weight.sum()
+    return float(-(weight * x * y).sum() / (weight * x * x).sum())
+
+
+def alignment(first: Float[Tensor, "batch features"], second: Float[Tensor, "batch features"]) -> float:
+    """Mean squared distance of two views of a sample, of unit length: 0 when they agree, 2 when they have nothing in common.
+
+    T. Wang, P. Isola, "Understanding contrastive representation learning through alignment and uniformity on the
+    hypersphere" (2020), https://arxiv.org/abs/2005.10242, section 4.1, alpha = 2.
+    """
+    one, two = (F.normalize(part.double(), dim=1) for part in (first, second))
+    return float((one - two).square().sum(1).mean())
+
+
+def uniformity(embeddings: Float[Tensor, "batch features"]) -> float:
+    """Logarithm of the mean of exp(-2 |x - y|^2) over all pairs, of unit length: 0 when all are one point, down to -4.
+
+    T. Wang, P. Isola (2020), as above, t = 2.
+    """
+    unit = F.normalize(embeddings.double(), dim=1)
+    return float(torch.pdist(unit).square().mul(-2).exp().mean().log())
+
+
 def spread(embeddings: Float[Tensor, "batch features"]) -> float:
     """The mean over dimensions of the standard deviation of embeddings of unit length, times the root of their number: 0
     when all are one point, about 1 when they go in all directions alike.
 
     X. Chen, K. He, "Exploring simple Siamese representation learning" (2021), https://arxiv.org/abs/2011.10566, section 4.1.
     """
-    unit = torch.nn.functional.normalize(embeddings.double(), dim=1)
+    unit = F.normalize(embeddings.double(), dim=1)
     return float(unit.std(0).mean() * embeddings.shape[1] ** 0.5)

@@ -1,14 +1,24 @@
 """Pictures as PNG files. The same numbers give the same bytes."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-#: Who is scored, in the order in which tables and pictures show them.
-SUBJECTS = ("pretrained", "champion", "pixels", "untrained")
-_COLOURS = {"pretrained": "#1b6ca8", "champion": "#c98a1b", "pixels": "#8a8f98", "untrained": "#c9ccd1"}
+_FIRST = ("pretrained", "champion", "pixels", "histogram", "untrained")
+_COLOURS = {
+    "pretrained": "#1b6ca8", "champion": "#c98a1b", "pixels": "#5c6670", "histogram": "#a36fa8", "untrained": "#b4b9c0",
+}  # fmt: skip
+_OTHERS = ("#2a9d8f", "#b5483a", "#7a8b2c", "#4b4b9b")
+
+
+def subjects(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Who is scored in any of these rows, in the order in which tables and pictures show them."""
+    found = dict.fromkeys(name for row in rows for name in row if name not in ("advantage", "skipped"))
+    return [*(name for name in _FIRST if name in found), *(name for name in found if name not in _FIRST)]
 
 
 def contact_sheet(originals: Sequence[np.ndarray], views: np.ndarray, path: Path) -> None:
@@ -29,23 +39,56 @@ def contact_sheet(originals: Sequence[np.ndarray], views: np.ndarray, path: Path
 
 
 def few_shot(scores: Mapping[str, Any], path: Path) -> None:
-    """Bars with 95% intervals, a group a protocol. Without labels the picture says so."""
-    with _figure(path, 9, 3.6) as axes:
-        table = {name: row for name, row in scores.get("few_shot", {}).items() if "skipped" not in row}
-        subjects = [name for name in SUBJECTS if any(name in row for row in table.values())]
-        for index, subject in enumerate(subjects):
-            places = np.arange(len(table)) + (index - (len(subjects) - 1) / 2) * 0.8 / len(subjects)
-            means = [100 * row[subject]["mean"] for row in table.values()]
-            halves = [100 * row[subject]["ci95"] for row in table.values()]
-            axes.bar(
-                places, means, 0.76 / len(subjects), yerr=halves, label=subject, color=_COLOURS[subject], capsize=2
-            )
-        axes.set_xticks(range(len(table)), list(table))
-        axes.set_ylabel("accuracy, %")
-        axes.set_title("Few-shot accuracy on the test split" if table else "No labelled classes to draw episodes from")
-        if table:
-            axes.legend(ncols=len(subjects), frameon=False, loc="upper left")
-            axes.set_ylim(0, 112)
+    """Accuracy over shots with 95% intervals, a panel for each number of ways: lines by nearest centroid, dashed ones by
+    logistic regression. Without labels the picture says so."""
+    table = {name: row for name, row in scores.get("few_shot", {}).items() if "skipped" not in row}
+    panels = list(dict.fromkeys(name.split("-way")[0] for name in table))
+    if not panels:
+        with _figure(path, 9, 1) as axes:
+            axes.set_title("No labelled classes to draw episodes from")
+            axes.set_axis_off()
+        return
+    everyone = subjects(table.values())
+    colours = dict(zip([name for name in everyone if name not in _COLOURS], itertools.cycle(_OTHERS), strict=False))
+    with _figure(path, 9, 3.8, grid=(1, len(panels))) as axes:
+        for axis, ways in zip(axes[0], panels, strict=True):
+            for subject, (ending, style) in itertools.product(everyone, (("", "-"), (" logistic", "--"))):
+                points = {
+                    int(found[1]): row[subject]
+                    for name, row in table.items()
+                    if (found := re.fullmatch(rf"{ways}-way (\d+)-shot{ending}", name)) and subject in row
+                }
+                if points:
+                    axis.errorbar(
+                        list(points),
+                        [100 * one["mean"] for one in points.values()],
+                        [100 * one["ci95"] for one in points.values()],
+                        label=None if ending else subject,
+                        color=_COLOURS.get(subject) or colours[subject],
+                        linestyle=style,
+                        linewidth=1 if ending else 1.8,
+                        capsize=2,
+                        marker="" if ending else "o",
+                        markersize=3.5,
+                    )
+            shots = sorted({int(name.split()[1].split("-")[0]) for name in table if name.startswith(f"{ways}-way")})
+            axis.set_xscale("log")
+            axis.set_xticks(shots, [str(one) for one in shots], minor=False)
+            axis.minorticks_off()
+            axis.set_xlabel("labelled samples a class")
+            axis.set_title(f"{ways}-way" if ways != "all" else "all classes")
+            axis.set_ylim(0, 102)
+            axis.grid(axis="y", color="#e3e6ea", linewidth=0.8)
+        axes[0][0].set_ylabel("accuracy on the test split, %")
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        axes[0][0].figure.legend(
+            handles,
+            labels,
+            loc="outside upper center",
+            ncols=len(labels),
+            frameon=False,
+            title="nearest centroid (dashed: logistic regression)",
+        )
 
 
 def energies(compatible: np.ndarray, incompatible: np.ndarray, path: Path) -> None:

@@ -14,6 +14,8 @@ from darkmatter import lineage, params, pictures
 
 #: The stages whose metrics the page shows.
 SOURCES = ("ingest", "augment", "pretrain", "evaluate")
+_ACCURACIES = ("few_shot", "knn", "linear_probe", "least_squares", "robustness", "retrieval")  # in percent
+_BRIEF = ("few shot", "linear probe", "knn", "rankme", "energy margin")
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
@@ -39,7 +41,7 @@ class Page:
         )
         return template.render(
             verdict=self.verdict(),
-            table=self.table(),
+            tables=self.tables(),
             columns=self.columns(),
             decision=self.decision,
             pictures=plots,
@@ -62,29 +64,25 @@ class Page:
         reason = self.decision["rules"]["beats the champion"]["reason"]
         return f"{name} version {version} {how} as candidate; it does not replace the champion: {reason}."
 
-    def table(self) -> list[tuple[str, dict[str, str]]]:
-        """(protocol, subject -> text), for every evaluation."""
-        rows: list[tuple[str, dict[str, str]]] = []
-        scores = self.metrics["evaluate"]
-        for evaluation, protocols in scores.items():
-            if not isinstance(protocols, dict):
-                continue
-            for protocol, row in protocols.items():
-                percent = evaluation in ("few_shot", "knn")
-                label = (
-                    protocol if evaluation in ("few_shot", protocol) else f"{evaluation.replace('_', ' ')}, {protocol}"
-                )
+    def tables(self) -> dict[str, list[tuple[str, dict[str, str]]]]:
+        """Of each evaluation: (protocol, subject -> text)."""
+        found: dict[str, list[tuple[str, dict[str, str]]]] = {}
+        for evaluation, protocols in self.metrics["evaluate"].items():
+            for protocol, row in protocols.items() if isinstance(protocols, dict) else ():
+                rows = found.setdefault(evaluation.replace("_", " "), [])
                 if "skipped" in row:
-                    rows.append((label, {"pretrained": f"not measured: {row['skipped']}"}))
+                    rows.append((protocol, {"pretrained": f"not measured: {row['skipped']}"}))
                     continue
+                label = protocol
                 if protocol.startswith("all-way"):
-                    label = f"{label} ({row['pretrained']['classes']} classes)"
-                rows.append((label, {name: _cell(row[name], percent) for name in pictures.SUBJECTS if name in row}))
-        return rows
+                    label += f" ({row['pretrained']['classes']} classes)"
+                percent = evaluation in _ACCURACIES and protocol != "mAP"
+                rows.append((label, {name: _cell(row[name], percent) for name in pictures.subjects([row])}))
+        return found
 
     def columns(self) -> list[str]:
         """The subjects that any row has."""
-        return [name for name in pictures.SUBJECTS if any(name in row for _, row in self.table())]
+        return pictures.subjects(row for rows in self.tables().values() for _, row in rows)
 
     def usage(self) -> dict[str, str]:
         """Commands that go on from here."""
@@ -96,13 +94,17 @@ class Page:
         }
 
     def text(self) -> str:
-        """For the terminal."""
+        """For the terminal, where not everything has a place."""
         subjects = self.columns()
-        width = max(len(label) for label, _ in self.table()) + 2
-        lines = ["", " " * width + "".join(f"{name:>17}" for name in subjects)]
-        lines += [
-            label.ljust(width) + "".join(f"{row.get(n, ''):>17}" for n in subjects) for label, row in self.table()
+        brief = [
+            (label if evaluation in ("few shot", label) else f"{evaluation}, {label}", row)
+            for evaluation, rows in self.tables().items()
+            for label, row in rows
+            if evaluation in _BRIEF and not label.endswith("logistic")
         ]
+        width = max((len(label) for label, _ in brief), default=0) + 2
+        lines = ["", " " * width + "".join(f"{name:>17}" for name in subjects)]
+        lines += [label.ljust(width) + "".join(f"{row.get(n, ''):>17}" for n in subjects) for label, row in brief]
         lines += ["", "gate"]
         for name, rule in self.decision["rules"].items():
             lines.append(f"  {'pass' if rule['passed'] else 'FAIL'}  {name}: {rule['reason']}")
@@ -111,7 +113,7 @@ class Page:
             "",
             self.verdict(),
             "",
-            "report  report.html",
+            "report  report.html (every evaluation, and pictures)",
             f"MLflow  {usage['look']}",
             f"load    {usage['load']}",
             "",
@@ -123,7 +125,7 @@ def _cell(score: Mapping[str, Any], percent: bool) -> str:
     mean, half = score["mean"], score["ci95"]
     if percent:
         return f"{100 * mean:.1f} ± {100 * half:.1f} %"
-    return f"{mean:.1f}" if half is None else f"{mean:.4f} ± {half:.4f}"
+    return f"{mean:.4g}" if half is None else f"{mean:.4f} ± {half:.4f}"
 
 
 def _inline(path: Path) -> str:

@@ -23,8 +23,10 @@ _NOT_METRICS = ("step", "time", "session")
 
 
 def uri_of(uri: str) -> str:
-    """MLFLOW_TRACKING_URI, or else `uri`."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or uri
+    """MLFLOW_TRACKING_URI, or else `uri`; the path of an SQLite file made absolute, since workers have other folders."""
+    chosen = os.environ.get("MLFLOW_TRACKING_URI") or uri
+    start = "sqlite:///"
+    return start + os.path.abspath(chosen.removeprefix(start)) if chosen.startswith(start) else chosen
 
 
 def find(client: Any, fingerprint: str) -> str | None:

@@ -20,7 +20,7 @@ class Config(_Config):
 def scores(config: Config, subject: Subject, *, seed: int) -> Iterator[Score]:
     if subject.compatible is None or subject.incompatible is None:
         return
-    area = health.auroc(torch.from_numpy(subject.compatible), torch.from_numpy(subject.incompatible))
+    area = health.auroc(torch.tensor(subject.compatible), torch.tensor(subject.incompatible))
     interval = _half_width(area, len(subject.compatible), len(subject.incompatible))
     yield Score(name="auroc", mean=area, ci95=interval)
 

@@ -1,5 +1,6 @@
-"""Few-shot classification by nearest centroid: J. Snell, K. Swersky, R. Zemel, "Prototypical networks" (2017),
-https://arxiv.org/abs/1703.05175, on fixed features, centred and of unit length (CL2N of SimpleShot).
+"""Few-shot classification on fixed features, centred and of unit length (CL2N of SimpleShot), by nearest centroid (J. Snell,
+K. Swersky, R. Zemel, "Prototypical networks", 2017, https://arxiv.org/abs/1703.05175) or by logistic regression (Y. Tian et
+al., "Rethinking few-shot image classification", 2020, https://arxiv.org/abs/2003.11539; L2, C = 1).
 
 An episode draws `ways` classes and from each `shots` samples to learn from and `queries` others to classify, all from the
 test split. The score is the mean accuracy over episodes; a class with too few samples is never drawn.
@@ -8,11 +9,9 @@ test split. The score is the mean accuracy over episodes; a class with too few s
 from collections.abc import Iterator
 from typing import Literal
 
-import numpy as np
-from jaxtyping import Int64
 from pydantic import Field
 
-from darkmatter.evaluations import Score, Skipped, Subject, of_draws, unit
+from darkmatter.evaluations import Score, Skipped, Subject, _episodes, of_draws, unit
 from darkmatter.params import Config as _Config
 
 
@@ -25,36 +24,23 @@ class Config(_Config):
     """How many are drawn; the interval shrinks with their square root."""
     queries: int = Field(gt=0)
     """Samples a class to classify."""
+    classifiers: list[Literal["centroid", "logistic"]] = Field(default=["centroid"], min_length=1)
+    """`centroid` has the plain names (`5-way 5-shot`), `logistic` says so (`5-way 5-shot logistic`)."""
 
 
 def scores(config: Config, subject: Subject, *, seed: int) -> Iterator[Score | Skipped]:
     features = unit(subject.queries, subject.bank.mean(0))
     for ways in config.ways:
         for shots in config.shots:
-            classes = _classes(subject.query_labels, shots + config.queries)
-            drawn = len(classes) if ways == "all" else ways
-            name = f"{ways}-way {shots}-shot"
-            if len(classes) < max(2, drawn):
-                least = shots + config.queries
-                yield Skipped(name=name, reason=f"{len(classes)} classes have {least} labelled test samples")
+            names = {one: _name(ways, shots, one) for one in config.classifiers}
+            drawn = _episodes.draw(subject.query_labels, ways, shots, config.queries, config.episodes, seed)
+            if isinstance(drawn, str):
+                yield from (Skipped(name=name, reason=drawn) for name in names.values())
                 continue
-            random = np.random.default_rng([seed, drawn, shots])
-            accuracies = np.empty(config.episodes)
-            for episode in range(config.episodes):
-                members = [classes[index] for index in random.choice(len(classes), drawn, replace=False)]
-                picks = np.stack([random.choice(m, shots + config.queries, replace=False) for m in members])
-                accuracies[episode] = _accuracy(features[picks], shots)  # (ways, shots + queries, D)
-            yield of_draws(name, accuracies, classes=drawn)
+            for classifier, name in names.items():
+                accuracies = _episodes.accuracy(features, features, drawn, shots, classifier)
+                yield of_draws(name, accuracies, classes=drawn.shape[1])
 
 
-def _classes(labels: Int64[np.ndarray, " samples"], least: int) -> list[Int64[np.ndarray, " members"]]:
-    members = [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]
-    return [some for some in members if len(some) >= least]
-
-
-def _accuracy(features: np.ndarray, shots: int) -> float:
-    centroids = features[:, :shots].mean(1)  # (ways, D)
-    queries = features[:, shots:]  # (ways, queries, D)
-    # |q - c|^2 = |q|^2 - 2 q.c + |c|^2; the first does not decide.
-    distances = np.square(centroids).sum(1) - 2 * queries @ centroids.T  # (ways, queries, ways)
-    return float((distances.argmin(2) == np.arange(len(features))[:, None]).mean())
+def _name(ways: int | str, shots: int, classifier: str) -> str:
+    return f"{ways}-way {shots}-shot" + ("" if classifier == "centroid" else f" {classifier}")

@@ -14,4 +14,4 @@ class Config(_Config):
 
 
 def scores(config: Config, subject: Subject, *, seed: int) -> Iterator[Score]:
-    yield Score(name="rankme", mean=health.rankme(torch.from_numpy(subject.queries)))
+    yield Score(name="rankme", mean=health.rankme(torch.tensor(subject.queries)))

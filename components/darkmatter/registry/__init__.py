@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from pydantic import Field
 
@@ -30,18 +31,31 @@ class Champion:
     version: str
     weights_sha256: str
     source: str
+    uri: str
+    """Of the MLflow server or database."""
+    name: str = "champion"
 
-    def embed(self, contents: Sequence[bytes]) -> Float[np.ndarray, "batch features"]:
-        """Image files to embeddings, as any downstream team gets them."""
+    @property
+    def digest(self) -> str:
+        """As a contender: its weights, and the version whose code prepares images."""
+        return f"champion-{self.version}-{self.weights_sha256}"
+
+    def open(self, device: torch.device) -> "OpenChampion":
         import mlflow
+
+        mlflow.set_tracking_uri(self.uri)
+        return OpenChampion(mlflow.pyfunc.load_model(self.source, model_config={"device": str(device)}))
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenChampion:
+    loaded: Any
+
+    def embed(self, pictures: Any, contents: Sequence[bytes]) -> Float[np.ndarray, "batch features"]:
+        """Image files to embeddings, as any downstream team gets them."""
         import pandas
 
-        if self not in _loaded:
-            _loaded[self] = mlflow.pyfunc.load_model(self.source)
-        return np.asarray(_loaded[self].predict(pandas.DataFrame({"image": list(contents)})), np.float32)
-
-
-_loaded: dict[Champion, Any] = {}
+        return np.asarray(self.loaded.predict(pandas.DataFrame({"image": list(contents)})), np.float32)
 
 
 def connect(uri: str) -> None:
@@ -70,4 +84,5 @@ def champion(name: str) -> Champion | None:
         version=str(version.version),
         weights_sha256=version.tags["weights_sha256"],
         source=f"models:/{name}/{version.version}",
+        uri=mlflow.get_tracking_uri(),
     )
