@@ -90,7 +90,11 @@ def evaluate(
         )
         for name in embedders
     ]
-    tree: dict[str, Any] = {"test_samples": len(query_labels), "labelled": int((query_labels >= 0).sum())}
+    tree: dict[str, Any] = {
+        "model_sha256": model.digest(model_folder),
+        "test_samples": len(query_labels),
+        "labelled": int((query_labels >= 0).sum()),
+    }
     for name, module, options in chosen:
         tree[name] = _tabulate({one.name: list(module.scores(options, one, seed=seed)) for one in subjects})
     return Results(tree=tree, energies=energies["pretrained"])

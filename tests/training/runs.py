@@ -33,7 +33,7 @@ def place(folder: Path, **changes: Any) -> PlaceConfig:
         "workers": 2, "cpus_per_worker": 1, "gpu": False, "compile": False, "activation_checkpointing": False, "fsdp": False,
         "storage": str(folder / "storage"), "data": "", "max_restarts": 2,
         "cache": str(folder / "cache"), "cache_gibibytes": 1.0, "stall_seconds": 60.0, "keep_checkpoints": 2,
-        "mlflow": "http://127.0.0.1:9",
+        "mlflow": "http://127.0.0.1:9", "signing_key": "",
     }  # fmt: skip
     return PlaceConfig(**{**values, **changes})
 
