@@ -213,7 +213,7 @@ while pending:
 owners = metadata.packages_distributions()
 
 class Fresh:
-    """A finder that does not know what an environment of the requirements alone would not have."""
+    # A finder that does not know what an environment of the requirements alone would not have.
     def __init__(self, finder):
         self.finder = finder
 
