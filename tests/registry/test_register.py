@@ -322,6 +322,28 @@ def test_the_hub_folder_is_the_network(there: Path) -> None:
     assert (folder / "README.md").read_text().startswith("---\nlicense: apache-2.0\n")
 
 
+def test_pairs_go_one_by_one_where_the_program_takes_one_and_none_where_there_is_no_program(
+    there: Path, tmp_path: Path, loaded: Any
+) -> None:
+    import mlflow
+
+    x, y = trained.pictures(3), trained.pictures(3)[::-1]
+    pairs, params = pandas.DataFrame({"image": x, "other": y}), {"output": "energy"}
+    (stored,) = (path.parent for path in there.glob("mlruns/**/MLmodel"))
+
+    def changed(**about: Any) -> Any:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(stored, folder)
+        path = folder / "artifacts/version/programs.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **about}))
+        return mlflow.pyfunc.load_model(str(folder))
+
+    one_by_one = changed(pairs_at_once=1).predict(pairs, params=params)
+    np.testing.assert_allclose(one_by_one, loaded.predict(pairs, params=params), rtol=1e-5)
+    with pytest.raises(ValueError, match="this version has no energy: it cannot be written"):
+        changed(energy=False, no_energy="it cannot be written").predict(pairs, params=params)
+
+
 # --- a version that was tampered with
 
 

@@ -74,6 +74,8 @@ def energy(objective: Objective, spec: ModelSpec) -> tuple[torch.export.Exported
         The program; how many pairs it takes at once, None for any number; and where there is no program, the reason.
     """
     module = Energy(objective)
+    with torch.no_grad():
+        module(_example(spec), _example(spec))  # what it draws once and keeps must not become a part of the program
     try:
         return _export(module, [_example(spec), _example(spec)]), None, ""
     except RuntimeError:  # some methods fix the number of pairs while they are traced (masks that are expanded)
