@@ -93,7 +93,7 @@ def test_the_champion_cannot_be_deleted(store: Path) -> None:
 
     with pytest.raises(aliases.Refused, match="version 2 is the champion; promote another one first"):
         aliases.delete(NAME, "2", reason="")
-    assert mlflow.MlflowClient().get_model_version(NAME, "2").version == 2 or champion() == "2"
+    assert champion() == "2"
     aliases.delete(NAME, "1", reason="too old")
     assert [one.version for one in mlflow.MlflowClient().search_model_versions(f"name='{NAME}'")] == [3, 2]
     last = aliases.history(NAME)[-1]
@@ -142,7 +142,7 @@ def test_a_rollback_is_one_command_of_less_than_ten_seconds(store: Path) -> None
     seconds = time.monotonic() - start
     assert run.returncode == 0, run.stderr
     assert run.stdout == f"{NAME} version 1 is the champion again\n"
-    assert seconds < 10, "on a machine that is not overloaded it takes three"
+    assert seconds < 10, "it takes five, most of it importing MLflow"
     run = subprocess.run([sys.executable, "-m", "darkmatter.registry", "rollback"], capture_output=True, text=True)
     assert run.returncode == 2
     assert "no champion before this one" in run.stderr

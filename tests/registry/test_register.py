@@ -17,7 +17,7 @@ import trained
 from safetensors.torch import load_file, save_file
 
 from darkmatter import model, registry
-from darkmatter.registry import RegisterConfig, aliases, package, seal
+from darkmatter.registry import RegisterConfig, aliases, export, package, seal
 from darkmatter.registry.register import register as stage
 
 CHAMPION = "models:/test-backbone@champion"
@@ -334,9 +334,15 @@ def test_pairs_go_one_by_one_where_the_program_takes_one_and_none_where_there_is
     def changed(**about: Any) -> Any:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(stored, folder)
+        shutil.copyfile(tmp_path / "energy.pt2", folder / "artifacts/version/energy.pt2")
         path = folder / "artifacts/version/programs.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **about}))
         return mlflow.pyfunc.load_model(str(folder))
+
+    objective, _, _ = model.load(there / "model")
+    picture = torch.zeros(1, 1, 28, 28)
+    program = export._export(export.Energy(objective), [picture, picture.clone()], any_batch=False)
+    torch.export.save(program, tmp_path / "energy.pt2")
 
     one_by_one = changed(pairs_at_once=1).predict(pairs, params=params)
     np.testing.assert_allclose(one_by_one, loaded.predict(pairs, params=params), rtol=1e-5)
@@ -391,6 +397,14 @@ def test_a_version_that_was_tampered_with_in_the_store_does_not_load(
     finally:
         shutil.rmtree(stored)
         shutil.copytree(tmp_path / "before", stored)
+    registry.load(CHAMPION)
+
+
+def test_what_mlflow_leaves_in_a_store_of_this_machine_breaks_no_seal(there: Path) -> None:
+    import mlflow
+
+    mlflow.pyfunc.load_model(CHAMPION)
+    assert list(there.glob("mlruns/**/registered_model_meta")), "MLflow leaves it no more; _remove_traces may go"
     registry.load(CHAMPION)
 
 
