@@ -26,6 +26,7 @@ _SECTIONS = {
     "pretrain": "darkmatter.training.PretrainConfig",
     "evaluate": "evaluations",
     "register": "darkmatter.registry.RegisterConfig",
+    "register.card": "darkmatter.registry.CardConfig",
     "place": "darkmatter.cluster.PlaceConfig",
 }
 _HEAD = """# Every key of params.yaml

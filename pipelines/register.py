@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
-from darkmatter import cluster, console, files, params, pictures, registry, report
-from darkmatter.registry.package import register
+from darkmatter import cluster, console, files, params, pictures, registry, report, training_set
+from darkmatter.registry import gate
+from darkmatter.registry.register import Decision, register
+
+_CHECKED_IMAGES = 32
 
 
 def main() -> None:
@@ -14,6 +17,10 @@ def main() -> None:
     metrics = {name: json.loads(Path(f"metrics/{name}.json").read_text()) for name in report.SOURCES}
     history = report.read_history(Path("plots/history.csv"))
     pictures.history(history, Path("plots/history.png"))
+
+    def page(decision: Decision) -> str:
+        return report.Page(metrics=metrics, decision=decision, params=tree, plots=Path("plots")).html()
+
     registry.connect(place.mlflow)
     decision = register(
         Path("models/backbone"),
@@ -21,12 +28,18 @@ def main() -> None:
         history,
         tree,
         config,
-        attachments=[*sorted(Path("plots").iterdir()), *(Path(f"metrics/{name}.json") for name in report.SOURCES)],
+        pictures=training_set.held_out(Path("data/train"), _CHECKED_IMAGES),
+        records=[
+            *sorted(Path("plots").iterdir()),
+            *(Path(f"metrics/{name}.json") for name in report.SOURCES),
+            *map(Path, gate.RECORDS),
+        ],
+        page=page,
+        signing_key=Path(place.signing_key) if place.signing_key else None,
     )
     files.write_json("metrics/register.json", decision)
-    page = report.Page(metrics=metrics, decision=decision, params=tree, plots=Path("plots"))
-    files.write("report.html", page.html())
-    print(page.verdict())
+    files.write("report.html", page(decision))
+    print(report.Page(metrics=metrics, decision=decision, params=tree, plots=Path("plots")).verdict())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from darkmatter import evaluate, model, params, pictures, registry, report, shar
 from darkmatter.registry import gate
 from test_features import FromFiles
 
+ROOT = Path(__file__).parent.parent
 SECTION = {
     "seed": 0,
     "beside": [],
@@ -99,8 +100,12 @@ def test_without_labels_what_needs_them_is_named_and_the_rest_is_measured(
     assert results.tree["energy_margin"]["auroc"]["pretrained"]["mean"] > 0.6
     assert results.tree["rankme"]["rankme"]["pretrained"]["mean"] > 1
     pictures.few_shot(results.tree, tmp_path / "few_shot.png")
-    config = registry.RegisterConfig(model="m", protocol="5-way 5-shot", min_energy_margin=0.6)
-    assert all(rule.passed for rule in gate.to_register(model_folder, results.tree, config))
+    config = params.parse(registry.RegisterConfig, params.read(ROOT / "params.yaml")["register"], where="register")
+    candidate = gate.Candidate(
+        folder=model_folder, provenance={}, scores=results.tree, commit=None, uncommitted=[], records=[], source="",
+    )  # fmt: skip
+    rules = gate.to_register(candidate, config.model_copy(update={"min_energy_margin": 0.6, "min_rankme": 1.0}))
+    assert {rule.name for rule in rules if not rule.passed} == {"lineage complete", "card complete"}
 
 
 def test_a_page_is_made_of_it(results: evaluate.Results, tmp_path: Path) -> None:

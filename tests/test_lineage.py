@@ -39,13 +39,26 @@ def test_fingerprint_depends_on_every_part_and_not_on_key_order() -> None:
     assert lineage.fingerprint("data", {"a": 1}) != lineage.fingerprint("data", {"a": 2})
 
 
-def test_git_commit_names_changed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_commit_names_changed_files_of_code_and_params_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert lineage.git_commit() == {"commit": None, "dirty": []}
-    (tmp_path / "a.txt").write_text("1")
+    for name in ("params.yaml", "components/a.py", "metrics/ingest.json", "dvc.lock", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
     for command in ("init -q", "add .", "-c user.name=n -c user.email=e@example.org commit -qm m"):
         subprocess.run(["git", *command.split()], check=True)
     assert len(lineage.git_commit()["commit"]) == 40
     assert lineage.git_commit()["dirty"] == []
-    (tmp_path / "a.txt").write_text("2")
-    assert lineage.git_commit()["dirty"] == ["a.txt"]
+    for name in (
+        "metrics/ingest.json",
+        "dvc.lock",
+        "notes.txt",
+        "more.txt",
+    ):  # what a run changes, and what no stage reads
+        (tmp_path / name).write_text("2")
+    assert lineage.git_commit()["dirty"] == []
+    (tmp_path / "params.yaml").write_text("2")
+    (tmp_path / "components" / "a.py").rename(tmp_path / "components" / "a b.py")
+    assert sorted(lineage.git_commit()["dirty"]) == ["components/a b.py", "components/a.py", "params.yaml"]

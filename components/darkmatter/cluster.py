@@ -59,6 +59,9 @@ class PlaceConfig(Config):
     costs only the new. May be removed at any time."""
     mlflow: str
     """Tracking URI of the registry; the environment variable MLFLOW_TRACKING_URI wins over it."""
+    signing_key: str
+    """PEM file of an elliptic curve's private key (P-256, P-384 or P-521, no password) that signs what is registered;
+    empty: nothing is signed."""
     max_restarts: int = Field(ge=0)
     """How often in a row training restarts from the same checkpoint after a failure. One that gets further sets
     the count back."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from darkmatter import files, health, images, lineage, model
+from darkmatter import health, images, lineage, model
 from darkmatter.objectives import Objective
 from darkmatter.training_set import ImageSpec
 
@@ -59,11 +59,11 @@ class Network:
 
     @functools.cached_property
     def digest(self) -> str:
-        names = ("config.json", "backbone.safetensors", "objective.safetensors")
         _, spec, _ = model.load(self.folder)
         code = Path(model.__file__).parent / "backbones" / f"{spec.backbone['name']}.py"
-        weights = [files.sha256(self.folder / name) for name in names]
-        return lineage.fingerprint("network", self.trained, weights, lineage.code_digest([code]), torch.__version__)
+        return lineage.fingerprint(
+            "network", self.trained, model.digest(self.folder), lineage.code_digest([code]), torch.__version__
+        )
 
     def open(self, device: torch.device) -> "OpenNetwork":
         trained, spec, provenance = model.load(self.folder)

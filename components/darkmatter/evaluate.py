@@ -95,7 +95,11 @@ def evaluate(
         tasks = [(name, section, one, chosen.seed) for name in names for one in subjects]
         answers = list(cluster.map_tasks(_score, tasks, "scoring", total=len(tasks)))
     labels = subjects[0].query_labels
-    tree: dict[str, Any] = {"test_samples": len(labels), "labelled": int((labels >= 0).sum())}
+    tree: dict[str, Any] = {
+        "model_sha256": model.digest(model_folder),
+        "test_samples": len(labels),
+        "labelled": int((labels >= 0).sum()),
+    }
     for number, name in enumerate(names):
         found = answers[number * len(subjects) : (number + 1) * len(subjects)]
         tree[name] = _tabulate({one.name: scores for one, scores in zip(subjects, found, strict=True)})

@@ -67,14 +67,22 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+#: Files that decide results. Data, metrics, pictures and dvc.lock are what a run itself changes.
+_DECIDES = ("components", "pipelines", "dvc.yaml", "params.yaml", "requirements.lock")
+
+
 def git_commit() -> dict[str, Any]:
-    """{"commit": 40 hex digits or None outside a repository, "dirty": files changed against it}."""
+    """{"commit": 40 hex digits or None outside a repository, "dirty": files of code and params that differ from it}.
+
+    From the folder of the repository. Files that Git does not know yet count: a new plugin decides results too.
+    """
+    status_command = ["git", "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", *_DECIDES]
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        status = subprocess.run(status_command, capture_output=True, text=True, check=True).stdout
     except (subprocess.CalledProcessError, FileNotFoundError):
         return {"commit": None, "dirty": []}
-    return {"commit": commit, "dirty": [line[3:] for line in status.splitlines()]}
+    return {"commit": commit, "dirty": [entry[3:] for entry in status.split("\0") if entry]}
 
 
 def versions() -> dict[str, str]:

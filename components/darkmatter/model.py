@@ -5,6 +5,7 @@ backbone.safetensors    what downstream teams use
 objective.safetensors   the rest of the objective: with it the model can be asked for the energy of a pair
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,12 @@ def load(folder: Path) -> tuple[Objective, ModelSpec, dict[str, Any]]:
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} do not fit its config.json: {error}") from error
     return objective.eval(), spec, tree["provenance"]
+
+
+def digest(folder: Path) -> str:
+    """sha256 over the names and bytes of the folder's files: what was evaluated is what is registered."""
+    parts = [f"{path.name} {files.sha256(path)}" for path in sorted(folder.iterdir())]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _divide(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -172,4 +172,20 @@ def test_another_method_is_one_word_and_needs_no_new_data(repository: Repository
     with sqlite3.connect(repository.folder / "mlflow.db") as database:
         versions = database.execute("select version from model_versions").fetchall()
     decision = repository.metrics("register")
-    assert len(versions) == (2 if decision["version"] else 1)
+    assert len(versions) == 1
+    assert decision["version"] is None
+    assert "not those of the commit: params.yaml" in decision["rules"]["committed"]["reason"]
+
+
+def test_what_was_refused_because_it_was_not_committed_is_looked_at_again_when_it_is(repository: Repository) -> None:
+    repository.run("git", "commit", "-qam", "vicreg")
+    output = repository.run("dvc", "repro")
+    assert re.findall(r"Running stage '(\w+)'", output) == ["discover", "register"]
+    assert repository.metrics("register")["rules"]["committed"]["passed"]
+
+
+def test_the_registry_is_looked_at_by_its_command_line(repository: Repository) -> None:
+    command = (sys.executable, "-m", "darkmatter.registry")
+    assert "version 1 is what was registered" in repository.run(*command, "verify", "1")
+    assert "there is no champion yet" in repository.run(*command, "history")
+    assert "is the champion; promote another one first" in repository.run(*command, "delete", "1", fails=True)

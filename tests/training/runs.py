@@ -34,7 +34,7 @@ def place(folder: Path, **changes: Any) -> PlaceConfig:
         "storage": str(folder / "storage"), "data": "", "max_restarts": 2,
         "cache": str(folder / "cache"), "cache_gibibytes": 1.0, "stall_seconds": 60.0, "keep_checkpoints": 2,
         "features": str(folder / "features"),
-        "mlflow": "http://127.0.0.1:9",
+        "mlflow": "http://127.0.0.1:9", "signing_key": "",
     }  # fmt: skip
     return PlaceConfig(**{**values, **changes})
 

@@ -1,5 +1,6 @@
 """Which patches a network does not see. Drawn for the global batch on every rank, so that ranks do not change them."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -20,10 +21,16 @@ def fixed_orders(patches: int, hidden: int, device: torch.device) -> Int64[Tenso
 
     For inference: the same masks for every pair, so that energies of different pairs can be compared.
     """
+    return _fixed_orders(patches, hidden).to(device)
+
+
+@functools.cache  # drawn before an energy is traced: a program of it would draw, and others, at every call
+@torch.inference_mode(False)
+def _fixed_orders(patches: int, hidden: int) -> Tensor:
     masks = max(2, math.ceil(patches / hidden))
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(patches, generator=generator)
-    return torch.stack([order.roll(round(index * patches / masks)) for index in range(masks)]).to(device)
+    return torch.stack([order.roll(round(index * patches / masks)) for index in range(masks)])
 
 
 def blocks(batch: int, grid: int, share: Sequence[float], device: torch.device) -> Bool[Tensor, "batch patches"]:
@@ -77,8 +84,14 @@ def fixed_multi_blocks(
     masks: int, grid: int, device: torch.device
 ) -> tuple[Int64[Tensor, "masks context"], Int64[Tensor, "targets masks block"]]:
     """For inference: a few contexts with targets as `multi_block` draws them, the same at every call."""
-    context, targets = _multi_blocks(masks, grid, torch.Generator().manual_seed(0))
+    context, targets = _fixed_multi_blocks(masks, grid)
     return context.to(device), targets.to(device)
+
+
+@functools.cache  # as _fixed_orders
+@torch.inference_mode(False)
+def _fixed_multi_blocks(masks: int, grid: int) -> tuple[Tensor, Tensor]:
+    return _multi_blocks(masks, grid, torch.Generator().manual_seed(0))
 
 
 def _multi_blocks(size: int, grid: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,23 @@
-"""The model registry: the gate that decides, the package that is registered, and how it is loaded again."""
+"""The model registry: the gate that decides, the version that is registered, and how it is loaded again.
+
+gate.py       may this model be registered, may it be champion: rules, each with its reason
+export.py     the programs of a version (torch.export, ONNX), and how far they are from the network
+card.py       the model card
+package.py    what a version consists of
+seal.py       the sha256 of every file, and a signature by choice
+register.py   the stage: gate, package, seal, version
+aliases.py    promotion, rollback, deletion, and the history of it; `python -m darkmatter.registry`
+_embedder.py  the code that a version runs
+"""
 
 import dataclasses
-from collections.abc import Sequence
+import re
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +27,41 @@ from pydantic import Field
 
 from darkmatter import tracking
 from darkmatter.params import Config
+from darkmatter.registry import seal
+
+
+class CardConfig(Config):
+    """What only a person can say of a model. An empty one is refused by the gate, not by `check`."""
+
+    written_for: str
+    """The `source.uri` that these words are about; the gate refuses a card that was written for another source."""
+    intended_use: str
+    """What the model is for."""
+    not_for: str
+    """What it must not be used for, or not without measuring first."""
+    data: str
+    """What it was trained on: where the images come from, who is in them, under which terms."""
+    licence: str
+    """Of the weights, by its SPDX name: `Apache-2.0`."""
 
 
 class RegisterConfig(Config):
     """The section `register` of params.yaml."""
 
-    model: str = Field(min_length=1)
+    model: str = Field(min_length=1, pattern=r"^[^/:@]+$")
     """Name of the registered model."""
     protocol: str
     """The few-shot protocol that the gate compares, as evaluate names it: `5-way 5-shot`."""
     min_energy_margin: float = Field(ge=0.5, le=1)
     """Below it the energy does not tell compatible pairs from others: the model has collapsed and is refused."""
+    min_rankme: float = Field(ge=1)
+    """Below so many dimensions in use (RankMe of the test embeddings) the model has collapsed and is refused."""
+    max_program_difference: float = Field(gt=0)
+    """How far an exported program may be from the network, as a share of the largest number that the network gives."""
+    allow_dirty: bool
+    """Register although files of code or params differ from the commit; the version and its card say which."""
+    card: CardConfig
+    """What only a person can say of a model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,10 +81,14 @@ class Champion:
         return f"champion-{self.version}-{self.weights_sha256}"
 
     def open(self, device: torch.device) -> "OpenChampion":
+        """
+        Raises:
+            seal.Broken: the version is not what was registered.
+        """
         import mlflow
 
         mlflow.set_tracking_uri(self.uri)
-        return OpenChampion(mlflow.pyfunc.load_model(self.source, model_config={"device": str(device)}))
+        return OpenChampion(load(self.source, model_config={"device": str(device)}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,20 +113,103 @@ def connect(uri: str) -> None:
     mlflow.set_tracking_uri(tracking.uri_of(uri))
 
 
-def champion(name: str) -> Champion | None:
-    """The champion of the registered model `name`; None when there is no such model or no such alias."""
+def find(name: str, *, alias: str) -> Any:
+    """The version of the registered model `name` behind an alias; None when there is no such model or alias."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
     try:
-        version = mlflow.MlflowClient().get_model_version_by_alias(name, "champion")
+        return mlflow.MlflowClient().get_model_version_by_alias(name, alias)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
+
+
+def champion(name: str) -> Champion | None:
+    """The champion of the registered model `name`; None when there is no such model, no such alias, or no seal on it."""
+    version = find(name, alias="champion")
+    if version is None:
+        return None
+    if "seal_sha256" not in version.tags:  # of before there were seals
+        print(
+            f"darkmatter: {name} version {version.version} is champion but has no seal, so nothing is compared with it",
+            file=sys.stderr,
+        )
+        return None
+    import mlflow
+
     return Champion(
         version=str(version.version),
         weights_sha256=version.tags["weights_sha256"],
         source=f"models:/{name}/{version.version}",
         uri=mlflow.get_tracking_uri(),
     )
+
+
+def fetch(uri: str, folder: Path, *, public_key: Path | None = None) -> None:
+    """A copy of a version as `folder`, which is there only when it was proven to be what was registered.
+
+    Args:
+        uri: `models:/NAME/3` or `models:/NAME@champion`.
+        folder: a new one.
+        public_key: a PEM file; with it the version must be signed by its private half.
+
+    Raises:
+        ValueError: another form of `uri`, or a version that has no seal.
+        seal.Broken: a file was changed, added or removed, or the signature does not fit.
+        mlflow.exceptions.MlflowException: there is no such version.
+    """
+    import mlflow
+
+    form = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", uri)
+    if form is None:
+        raise ValueError(f"{uri!r} names no version; write models:/NAME/3 or models:/NAME@champion")
+    name, number, alias = form.groups()
+    client = mlflow.MlflowClient()
+    version = client.get_model_version(name, number) if number else client.get_model_version_by_alias(name, alias or "")
+    if "seal_sha256" not in version.tags:
+        raise ValueError(
+            f"{name} version {version.version} has no seal, so that it cannot be verified; register it again"
+        )
+    stored = client.get_model_version_download_uri(name, version.version)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        copy = Path(mlflow.artifacts.download_artifacts(artifact_uri=stored, dst_path=scratch))
+        _remove_traces(copy)
+        seal.verify(copy, version.tags["seal_sha256"])
+        if public_key is not None:
+            seal.verify_signature(copy, public_key)
+        shutil.move(copy, folder)
+
+
+def _remove_traces(copy: Path) -> None:
+    """What MLflow leaves in a store of this machine when it loads from there. Nothing of it is loaded from our copy."""
+    (copy / "registered_model_meta").unlink(missing_ok=True)
+    shutil.rmtree(copy / "__pycache__", ignore_errors=True)
+
+
+def load(uri: str, *, model_config: Mapping[str, Any] | None = None, public_key: Path | None = None) -> Any:
+    """A version that was verified file by file, as `mlflow.pyfunc.load_model` gives it. What is loaded is the verified copy.
+
+    Args:
+        uri: `models:/NAME/3` or `models:/NAME@champion`.
+        model_config: `device` and `paths`, see _embedder.py.
+        public_key: as for `fetch`.
+
+    Raises:
+        As `fetch`.
+    """
+    import mlflow
+
+    place = Path(tempfile.mkdtemp(prefix="darkmatter-"))
+    folder = place / "version"
+    try:
+        fetch(uri, folder, public_key=public_key)
+        model = mlflow.pyfunc.load_model(str(folder), model_config=dict(model_config) if model_config else None)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    # The program of the energy is read when it is first asked for.
+    weakref.finalize(model.unwrap_python_model(), shutil.rmtree, place, ignore_errors=True)
+    return model

@@ -1,14 +1,20 @@
 """The gate: may this model be registered, and may it be champion? Each rule answers with its reason."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from darkmatter.registry import Champion, RegisterConfig
+from darkmatter import model
+from darkmatter.registry import CardConfig, Champion, RegisterConfig
+from darkmatter.registry.export import Difference
+
+#: Without these nobody can say what a version came from.
+RECORDS = ("dvc.lock", "requirements.lock")
+_PROVENANCE = ("fingerprint", "training_data", "training_samples", "seed", "steps", "versions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,14 +24,49 @@ class Rule:
     reason: str
 
 
-def to_register(model_folder: Path, scores: Mapping[str, Any], config: RegisterConfig) -> list[Rule]:
-    """The rules that a model must pass to become a version at all."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What comes before the gate."""
+
+    folder: Path
+    """What pretrain wrote."""
+    provenance: Mapping[str, Any]
+    """Of its config.json."""
+    scores: Mapping[str, Any]
+    """What evaluate wrote."""
+    commit: str | None
+    """Of Git."""
+    uncommitted: Sequence[str]
+    """Files of code and params that differ from it."""
+    records: Collection[str]
+    """Names of the files that would be kept in the version."""
+    source: str
+    """`source.uri`."""
+
+
+def to_register(candidate: Candidate, config: RegisterConfig) -> list[Rule]:
+    """The rules that a model must pass before a version is made of it."""
     return [
-        _finite(model_folder),
-        not_collapsed(scores, config),
-        _better_than(scores, config, "untrained"),
-        _better_than(scores, config, "pixels"),
+        _finite(candidate.folder),
+        _as_evaluated(candidate),
+        not_collapsed(candidate.scores, config),
+        _uses_dimensions(candidate.scores, config),
+        _better_than(candidate.scores, config, "untrained"),
+        _better_than(candidate.scores, config, "pixels"),
+        _committed(candidate, config),
+        _lineage_complete(candidate),
+        _card_complete(candidate, config.card),
     ]
+
+
+def programs_agree(differences: Sequence[Difference], num_images: int, config: RegisterConfig) -> Rule:
+    """What a version would run gives what was evaluated, on real images."""
+    limit = config.max_program_difference
+    wrong = [one for one in differences if not one.within(limit)]
+    told = ", ".join(f"{one.program} {one.largest:.1e} of {one.scale:.3g}" for one in wrong or differences)
+    verb = "more than" if wrong else "at most"
+    reason = f"largest difference on {num_images} real images {verb} {limit:g} of the largest number: {told}"
+    return Rule(name="programs agree", passed=not wrong, reason=reason)
 
 
 def to_be_champion(
@@ -54,6 +95,17 @@ def _finite(model_folder: Path) -> Rule:
     return Rule(name="finite weights", passed=True, reason="every weight is a finite number")
 
 
+def _as_evaluated(candidate: Candidate) -> Rule:
+    name = "as evaluated"
+    measured = candidate.scores.get("model_sha256")
+    if measured != model.digest(candidate.folder):
+        what = "another model folder was evaluated" if measured else "the scores do not say which model they are of"
+        return Rule(
+            name=name, passed=False, reason=f"{what}, or this one was changed since; dvc repro --force evaluate"
+        )
+    return Rule(name=name, passed=True, reason=f"the model folder that was evaluated, {measured[:12]}")
+
+
 def not_collapsed(scores: Mapping[str, Any], config: RegisterConfig) -> Rule:
     """The energy of the test split tells compatible pairs from others."""
     if "energy_margin" not in scores:
@@ -64,6 +116,15 @@ def not_collapsed(scores: Mapping[str, Any], config: RegisterConfig) -> Rule:
     return Rule(
         name="not collapsed", passed=passed, reason=f"energy margin {margin:.4f} {sign} {config.min_energy_margin}"
     )
+
+
+def _uses_dimensions(scores: Mapping[str, Any], config: RegisterConfig) -> Rule:
+    name = "uses its dimensions"
+    if "rankme" not in scores:
+        return Rule(name=name, passed=False, reason="not measured: params.yaml lacks evaluate.rankme")
+    rank = scores["rankme"]["rankme"]["pretrained"]["mean"]
+    passed = rank >= config.min_rankme
+    return Rule(name=name, passed=passed, reason=f"RankMe {rank:.1f} {'>=' if passed else '<'} {config.min_rankme}")
 
 
 def _better_than(scores: Mapping[str, Any], config: RegisterConfig, subject: str) -> Rule:
@@ -85,3 +146,38 @@ def _better_than(scores: Mapping[str, Any], config: RegisterConfig, subject: str
         f"difference {gap['mean']:+.2%} ± {gap['ci95']:.2%}"
     )
     return Rule(name=name, passed=passed, reason=reason)
+
+
+def _committed(candidate: Candidate, config: RegisterConfig) -> Rule:
+    name, changed = "committed", ", ".join(candidate.uncommitted)
+    if not changed:
+        return Rule(name=name, passed=True, reason="code and params are those of the commit")
+    if config.allow_dirty:
+        return Rule(name=name, passed=True, reason=f"allowed by register.allow_dirty, and recorded: {changed}")
+    todo = "git add and git commit, then dvc repro (nothing is trained again); or register.allow_dirty: true"
+    return Rule(name=name, passed=False, reason=f"not those of the commit: {changed}; {todo}")
+
+
+def _lineage_complete(candidate: Candidate) -> Rule:
+    missing = [] if candidate.commit else ["a git commit (is this a repository, with one?)"]
+    missing += [f"the file {name}" for name in RECORDS if name not in candidate.records]
+    missing += [f"{name} in the model's config.json" for name in _PROVENANCE if name not in candidate.provenance]
+    if missing:
+        return Rule(name="lineage complete", passed=False, reason=f"there is no {'; no '.join(missing)}")
+    data = candidate.provenance["training_data"]
+    reason = f"commit {str(candidate.commit)[:12]}, data {data[:12]}, run {candidate.provenance['fingerprint']}"
+    return Rule(name="lineage complete", passed=True, reason=reason)
+
+
+def _card_complete(candidate: Candidate, card: CardConfig) -> Rule:
+    name = "card complete"
+    empty = [f"register.card.{key}" for key, text in card.model_dump().items() if not text.strip()]
+    if empty:
+        return Rule(name=name, passed=False, reason=f"empty in params.yaml: {', '.join(empty)}")
+    if card.written_for != candidate.source:
+        reason = (
+            f"register.card was written for {card.written_for}, but source.uri is {candidate.source}: "
+            "write what this model is, then change register.card.written_for"
+        )
+        return Rule(name=name, passed=False, reason=reason)
+    return Rule(name=name, passed=True, reason=f"intended use, limits, data and licence ({card.licence}) are said")

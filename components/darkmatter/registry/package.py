@@ -1,9 +1,23 @@
-"""The stage: a model folder and its scores -> a version in the registry, or the reasons why not."""
+"""What a version consists of. A folder that MLflow loads, that needs no Darkmatter, and that no pickle is in.
 
-import hashlib
+MLmodel, requirements.txt, ...      MLflow's
+_embedder.py                        the code that runs
+artifacts/version/
+  model/                            config.json and the weights as safetensors; `darkmatter.model.load` opens it
+  embedding.pt2 .onnx  energy.pt2   the programs (export.py); programs.json says what they can do and how exact they are
+  images.py                         how a file becomes what the network sees
+  hub/                              the backbone in the layout of the Hugging Face hub, which timm loads when it is its own
+  records/                          lineage.json, params.yaml, dvc.lock, requirements.lock, metrics, plots, report.html
+  MODEL_CARD.md
+SHA256SUMS  model.sig               the seal, and a signature by choice (seal.py)
+"""
+
+import ast
+import dataclasses
 import importlib.metadata
+import json
 import shutil
-import tempfile
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,227 +25,171 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
+from safetensors.torch import save_file
 
-from darkmatter import files, images, lineage, model, tracking
-from darkmatter.backbones import Backbone
-from darkmatter.registry import RegisterConfig, champion, gate
+from darkmatter import files, images, model
+from darkmatter.backbones import Backbone, Images
+from darkmatter.objectives import Objective
+from darkmatter.registry import RegisterConfig, card, export
+from darkmatter.registry.export import Difference
 
 _EMBEDDER = Path(__file__).with_name("_embedder.py")
+_COLUMNS = {"image": "binary", "path": "string", "other": "binary", "other_path": "string"}
 
 
-def register(
-    model_folder: Path,
-    scores: Mapping[str, Any],
-    history: Sequence[Mapping[str, float]],
-    params: Mapping[str, Any],
-    config: RegisterConfig,
-    *,
-    attachments: Sequence[Path],
-) -> dict[str, Any]:
-    """Puts the model before the gate and, when it passes, into the registry that `registry.connect` chose.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """What a version is made of."""
 
-    Equal weights never make a second version: only the aliases move.
+    folder: Path
+    objective: Objective
+    spec: model.ModelSpec
+    scores: Mapping[str, Any]
+    lineage: Mapping[str, Any]
+    params: Mapping[str, Any]
+    records: Sequence[Path]
+
+    @classmethod
+    def read(cls, folder: Path, **rest: Any) -> "Model":
+        objective, spec, _ = model.load(folder)
+        return cls(folder=folder, objective=objective, spec=spec, **rest)
+
+
+def contents(made_of: Model, pictures: Sequence[bytes], config: RegisterConfig, folder: Path) -> list[Difference]:
+    """Fills `folder` with what stands under artifacts/version, but for records/report.html.
 
     Args:
-        model_folder: what `pretrain` wrote.
-        scores: what `evaluate` wrote.
-        history: rows of the training, logged by step.
-        params: the whole of params.yaml, logged.
+        made_of: the model.
+        pictures: image files to check the programs on, at least two.
         config: the section `register`.
-        attachments: files kept with the run.
+        folder: new.
 
     Returns:
-        {"version": text or None, "alias": [...], "new": bool, "rules": {name: {"passed", "reason"}}}
+        How far each program is from the network.
     """
-    rules = gate.to_register(model_folder, scores, config)
-    weights = _weights_digest(model_folder)
-    version, new = None, False
-    aliases: list[str] = []
-    if all(rule.passed for rule in rules):
-        rules = [*rules, gate.to_be_champion(scores, config, champion(config.model), weights)]
-        version = _existing(config.model, weights)
-        if version is None:
-            version, new = _new_version(model_folder, scores, history, params, config, weights, attachments), True
-        aliases = ["candidate", "champion"] if rules[-1].passed else ["candidate"]
-        _set_aliases(config.model, version, aliases)
-    return {
-        "version": version,
-        "alias": aliases,
-        "new": new,
-        "rules": {rule.name: {"passed": rule.passed, "reason": rule.reason} for rule in rules},
-    }
+    spec, objective = made_of.spec, made_of.objective
+    folder.mkdir(parents=True)
+    shutil.copytree(made_of.folder, folder / "model")
+    shutil.copyfile(images.__file__, folder / "images.py")
+    seen = as_seen(pictures, spec)
+    about, differences = export.write(folder, objective, spec, seen)
+    checked = {"images": len(pictures), "differences": {one.program: dataclasses.asdict(one) for one in differences}}
+    (folder / "programs.json").write_text(
+        json.dumps({**about, "checked": checked}, indent=2) + "\n"
+    )  # NaN is refused later
+    text = card.write(
+        spec, made_of.scores, made_of.lineage, about, differences, objective.backbone.num_features, config
+    )
+    files.write(folder / "MODEL_CARD.md", text)
+    _write_hub(folder / "hub", objective.backbone, spec, card.for_hub(text, config.card.licence))
+    records = folder / "records"
+    records.mkdir()
+    for path in made_of.records:
+        if (records / path.name).exists():
+            raise ValueError(f"two records are called {path.name}: {[str(one) for one in made_of.records]}")
+        shutil.copyfile(path, records / path.name)
+    files.write_json(records / "lineage.json", dict(made_of.lineage))
+    # Without `place`: it changes no result, and an address may hold a password.
+    kept = {name: section for name, section in made_of.params.items() if name != "place"}
+    files.write(records / "params.yaml", yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+    return differences
 
 
-def _weights_digest(model_folder: Path) -> str:
-    parts = [files.sha256(model_folder / f"{name}.safetensors") for name in ("backbone", "objective")]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def _existing(name: str, weights: str) -> str | None:
-    import mlflow
-
-    versions = mlflow.MlflowClient().search_model_versions(f"name='{name}'")
-    return next((str(one.version) for one in versions if one.tags.get("weights_sha256") == weights), None)
-
-
-def _set_aliases(name: str, version: str, aliases: Sequence[str]) -> None:
-    import mlflow
-
-    for alias in aliases:
-        mlflow.MlflowClient().set_registered_model_alias(name, alias, version)
-
-
-def _new_version(
-    model_folder: Path,
-    scores: Mapping[str, Any],
-    history: Sequence[Mapping[str, float]],
-    params: Mapping[str, Any],
-    config: RegisterConfig,
-    weights: str,
-    attachments: Sequence[Path],
-) -> str:
-    import mlflow
-
-    objective, spec, provenance = model.load(model_folder)
-    commit = lineage.git_commit()
-    tags = {
-        "weights_sha256": weights,
-        "git_commit": str(commit["commit"]),
-        "git_dirty": ", ".join(commit["dirty"]) or "no",
-        "training_data": provenance["training_data"],
-        "fingerprint": provenance["fingerprint"],
-    }
-    client = mlflow.MlflowClient()
-    record = tracking.begin(client, provenance["fingerprint"], spec.objective["name"])  # pretraining has begun it
-    with mlflow.start_run(run_id=record), tempfile.TemporaryDirectory() as temporary:
-        scratch = Path(temporary)
-        mlflow.set_tags({**tags, "mlflow.source.git.commit": tags["git_commit"]})
-        mlflow.log_params(_flatten(params))
-        mlflow.log_metrics(_numbers(scores))
-        tracking.send(client, record, history)  # what MLflow missed then
-        card = scratch / "MODEL_CARD.md"
-        card.write_text(_card(spec, scores, provenance, tags, objective.backbone.num_features, config))
-        for path in (card, *attachments):
-            mlflow.log_artifact(str(path))
-        logged = _log_model(model_folder, objective.backbone, spec, scratch)
-        version = mlflow.register_model(logged.model_uri, config.model, tags=tags)
-        mlflow.MlflowClient().update_model_version(config.model, version.version, description=card.read_text())
-    return str(version.version)
-
-
-def _log_model(model_folder: Path, backbone: Backbone, spec: model.ModelSpec, scratch: Path) -> Any:
+def assemble(version: Path, made_of: Model, folder: Path) -> None:
+    """Makes `folder` (new), which MLflow loads, around what `contents` made."""
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
-    package = scratch / "backbone"
-    shutil.copytree(model_folder, package)
-    torch.export.save(export(backbone, spec), package / "backbone.pt2")
-    code = scratch / "darkmatter_images.py"
-    shutil.copyfile(images.__file__, code)
+    features = made_of.objective.backbone.num_features
+    code = version.with_name(_EMBEDDER.name)  # a copy, because MLflow writes the path down
+    shutil.copyfile(_EMBEDDER, code)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*input example was not provided")  # the signature is given
-        return mlflow.pyfunc.log_model(
-            name="embedder",
-            python_model=str(_EMBEDDER),
-            artifacts={"backbone": str(package)},
-            code_paths=[str(code)],
-            model_config={"device": "cpu"},
+        mlflow.pyfunc.save_model(
+            path=str(folder),
+            python_model=str(code),
+            artifacts={"version": str(version)},
+            model_config={"device": "cpu", "paths": ""},
             signature=ModelSignature(
-                Schema([ColSpec("binary", "image")]),
-                Schema([TensorSpec(np.dtype("float32"), (-1, backbone.num_features))]),
-                ParamSchema([ParamSpec("normalize", "boolean", False)]),
+                Schema([ColSpec(kind, name, required=False) for name, kind in _COLUMNS.items()]),
+                Schema([TensorSpec(np.dtype("float32"), (-1, features))]),
+                ParamSchema(
+                    [
+                        ParamSpec("output", "string", "embedding"),
+                        ParamSpec("pooling", "string", export.POOLINGS[0]),
+                        ParamSpec("normalize", "boolean", False),
+                    ]
+                ),
             ),
-            pip_requirements=[
-                f"{name}=={importlib.metadata.version(name).partition('+')[0]}"
-                for name in ("mlflow", "torch", "numpy", "pandas", "pillow", "jaxtyping")
-            ],
+            pip_requirements=requirements(),
         )
+    for cache in list(folder.rglob("__pycache__")):  # MLflow has run the code once
+        shutil.rmtree(cache)
 
 
-def export(backbone: Backbone, spec: model.ModelSpec) -> torch.export.ExportedProgram:
-    """The backbone as a graph that needs no code of ours: (B, C, S, S) float32 in [0, 1] -> (B, D), any B."""
-    size = spec.images.image_size
-    example = torch.zeros(2, spec.images.channels, size, size)  # a batch of one would fix the batch size at one
-    batch = torch.export.Dim("batch", min=1)
+def compare_whole(folder: Path, made_of: Model, pictures: Sequence[bytes]) -> Difference:
+    """How far the whole version, from the bytes of a file to the embedding, is from the network."""
+    import mlflow
+    import pandas
+
+    embeddings = mlflow.pyfunc.load_model(str(folder)).predict(pandas.DataFrame({"image": list(pictures)}))
     with torch.no_grad():
-        return torch.export.export(backbone.eval(), (example,), dynamic_shapes={"images": {0: batch}})
+        expected = made_of.objective.embed(as_seen(pictures, made_of.spec)).numpy()
+    largest = float(np.abs(embeddings - expected).max())
+    return Difference(program="version", largest=largest, scale=float(np.abs(expected).max()))
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = str(value)
-    return flat
+def as_seen(pictures: Sequence[bytes], spec: model.ModelSpec) -> Images:
+    """What the network sees of these files."""
+    size, channels = spec.images.image_size, spec.images.channels
+    fitted = [images.fit(images.decode(one), size=size, channels=channels) for one in pictures]
+    return torch.from_numpy(np.stack(fitted)).float() / 255
 
 
-def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
-    """Every mean, under a name that MLflow allows."""
-    found: dict[str, float] = {}
-    for evaluation, table in scores.items():
-        for protocol, row in table.items() if isinstance(table, Mapping) else ():
-            for subject, value in row.items():
-                if subject not in ("advantage", "skipped"):
-                    name = f"{evaluation}/{protocol}/{subject}".replace("=", " ")
-                    found[name] = value["mean"]
-    return found
+def requirements() -> list[str]:
+    """What the two files of code in a version import, pinned to what is here."""
+    imported: set[str] = set()
+    for path in (_EMBEDDER, Path(images.__file__)):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    owners = importlib.metadata.packages_distributions()
+    names = []
+    for module in sorted(imported - sys.stdlib_module_names):
+        names.append(module if module in owners[module] else owners[module][0])  # mlflow is in mlflow-skinny too
+    return [f"{name.lower()}=={importlib.metadata.version(name).partition('+')[0]}" for name in names]
 
 
-def _card(
-    spec: model.ModelSpec,
-    scores: Mapping[str, Any],
-    provenance: Mapping[str, Any],
-    tags: Mapping[str, str],
-    features: int,
-    config: RegisterConfig,
-) -> str:
-    few_shot = "\n".join(
-        f"| {protocol} | "
-        + " | ".join(_cell(row.get(subject)) for subject in ("pretrained", "untrained", "pixels", "champion"))
-        + " |"
-        for protocol, row in scores.get("few_shot", {}).items()
-        if "skipped" not in row
-    )
-    margin = scores["energy_margin"]["auroc"]["pretrained"]
-    versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
-    return f"""# {config.model}
+def _write_hub(folder: Path, backbone: Backbone, spec: model.ModelSpec, card_text: str) -> None:
+    """config.json, model.safetensors and README.md. The network alone: it takes images that were normalised."""
+    network, size = backbone.network, spec.images.image_size
+    seen = {
+        "input_size": (spec.images.channels, size, size),
+        "mean": tuple(spec.images.mean),
+        "std": tuple(spec.images.std),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
+    if hasattr(network, "pretrained_cfg"):  # one of timm's
+        import timm
 
-A backbone ({spec.backbone["name"]}, {features} features) pretrained without labels by {spec.objective["name"]} on \
-{provenance["training_samples"]} images, for {provenance["steps"]} steps.
-
-## Use
-
-`mlflow.pyfunc.load_model("models:/{config.model}@champion").predict(pandas.DataFrame({{"image": [file_bytes]}}))`
-gives an (N, {features}) float32 array. Images are shrunk to {spec.images.image_size} pixels on the short side, the centre is
-cut out, {"grey" if spec.images.channels == 1 else "colour"}. The parameter `normalize` gives unit length.
-
-For: few-shot classification, search and clustering of images like those it was trained on. Not for: images of another kind,
-without measuring first.
-
-## How good
-
-Accuracy on the test split, which no other stage reads, with 95% intervals, nearest centroid, the same episodes for all:
-
-| | pretrained | untrained | pixels | champion before |
-| --- | --- | --- | --- | --- |
-{few_shot or "| no labels | | | | |"}
-
-Energy margin (AUROC, 0.5 is collapse): {_cell(margin, percent=False)}.
-
-## Where it comes from
-
-- commit {tags["git_commit"]}, files changed against it: {tags["git_dirty"]}
-- training data {tags["training_data"]}
-- training run {tags["fingerprint"]}, seed {provenance["seed"]}, {versions}
-- weights {tags["weights_sha256"]}
-"""
-
-
-def _cell(score: Mapping[str, Any] | None, *, percent: bool = True) -> str:
-    if score is None:
-        return ""
-    mean, half = score["mean"], score["ci95"] or 0.0
-    return f"{100 * mean:.1f} ± {100 * half:.1f} %" if percent else f"{mean:.4f} ± {half:.4f}"
+        timm.models.save_for_hf(network, str(folder), data_config=seen, safe_serialization=True)
+    else:
+        folder.mkdir()
+        weights = {name: value.detach().contiguous() for name, value in network.state_dict().items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        architecture = spec.backbone["name"]
+        tree = {
+            "architecture": architecture,
+            "library_name": "darkmatter",
+            "num_features": backbone.num_features,
+            "model_args": spec.backbone.get(architecture, {}),
+            "pretrained_cfg": {**seen, "num_classes": 0},
+        }
+        files.write_json(folder / "config.json", tree)
+    files.write(folder / "README.md", card_text)
