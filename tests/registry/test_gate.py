@@ -13,7 +13,7 @@ from darkmatter.registry import Champion, RegisterConfig, gate
 from darkmatter.registry.export import Difference
 
 CONFIG = trained.CONFIG
-CURRENT = Champion(version="3", weights_sha256="w3", source="")
+CURRENT = Champion(version="3", weights_sha256="w3", source="", uri="")
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
