@@ -100,7 +100,7 @@ class Page:
             (label if evaluation in ("few shot", label) else f"{evaluation}, {label}", row)
             for evaluation, rows in self.tables().items()
             for label, row in rows
-            if evaluation in _BRIEF and not label.endswith("logistic")
+            if evaluation in _BRIEF and "logistic" not in label
         ]
         width = max((len(label) for label, _ in brief), default=0) + 2
         lines = ["", " " * width + "".join(f"{name:>17}" for name in subjects)]
