@@ -92,6 +92,16 @@ def test_alpha_req_is_the_exponent_of_the_spectrum(alpha: float) -> None:
     assert health.alpha_req(7 * embeddings + 3) == pytest.approx(alpha, abs=1e-6)
 
 
+def test_alpha_req_is_the_weighted_fit_over_its_ranks() -> None:
+    values = np.random.default_rng(0).gamma(2.0, size=80)
+    values = np.sort(values)[::-1]
+    basis = torch.linalg.qr(torch.randn(500, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    basis = torch.linalg.qr(basis - basis.mean(0))[0]
+    ranks = np.arange(5, 51)
+    slope = np.polyfit(np.log(ranks), np.log(values[4:50]), 1, w=ranks**-0.5)[0]  # polyfit squares its weights
+    assert health.alpha_req(basis * torch.from_numpy(values**0.5)) == pytest.approx(-slope, rel=1e-6)
+
+
 def test_alpha_req_of_a_point_or_a_line_is_infinite() -> None:
     assert health.alpha_req(torch.ones(20, 8)) == float("inf")
     assert health.alpha_req(torch.arange(20.0)[:, None] * torch.ones(8)) == float("inf")

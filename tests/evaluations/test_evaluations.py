@@ -164,6 +164,22 @@ def test_a_probe_chooses_its_strength_on_the_validation_split_and_scores_the_tes
     assert other.mean < 0.3
 
 
+def test_what_a_probe_is_judged_by_and_learns_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = subject()
+    astray = dataclasses.replace(toy, validation_labels=np.roll(toy.validation_labels, 40))
+    for _, _, found in linear_probe._path(astray, np.arange(240)[None], 4):
+        assert found.max() < 0.3  # by the validation split, whose answers are wrong here
+    seen: list[torch.Tensor] = []
+    fit = _logistic.fit
+    monkeypatch.setattr(
+        _logistic, "fit", lambda features, *rest, **more: seen.append(features) or fit(features, *rest, **more)
+    )
+    list(linear_probe.scores(linear_probe.Config(shares=[1.0], draws=2, strengths=3), toy, seed=0))
+    *tried, last = seen
+    assert all((features[0].numpy() == toy.bank).all() for features in tried)
+    assert (last[0].numpy() == np.concatenate([toy.bank, toy.validation])).all()
+
+
 def test_more_labels_are_better_and_draws_are_the_same_for_all() -> None:
     config = linear_probe.Config(shares=[0.025, 0.5], per_class=[2], draws=3, strengths=4)
     few, many, two = linear_probe.scores(config, subject(), seed=0)
@@ -192,6 +208,18 @@ def test_least_squares_is_ridge_regression_to_plus_and_minus_one(each: int) -> N
     reference = Ridge(alpha=1024.0, fit_intercept=False).fit(rows(known), 2.0 * (labels[:, None] == np.arange(6)) - 1)
     found = least_squares.predict(toy.bank[chosen], labels, toy.queries, 1024.0)
     assert (found == reference.predict(rows(toy.queries.astype(np.float64))).argmax(1)).all()
+
+
+def test_the_bias_of_least_squares_is_hardly_regularised() -> None:
+    """With one class much larger than the others a bias that is held back would not reach its share."""
+    toy = subject(spread=3)
+    chosen = np.concatenate([np.arange(40), *(np.arange(40 * label, 40 * label + 3) for label in range(1, 6))])
+    known, labels = toy.bank[chosen].astype(np.float64), toy.bank_labels[chosen]
+    scaled = (known - known.mean(0)) / (known.std(0) + 1e-5)
+    asked = (toy.queries - known.mean(0)) / (known.std(0) + 1e-5)
+    reference = Ridge(alpha=1024.0).fit(scaled, 2.0 * (labels[:, None] == np.arange(6)) - 1)  # its bias is free
+    found = least_squares.predict(toy.bank[chosen], labels, toy.queries, 1024.0)
+    assert (found == reference.predict(asked).argmax(1)).mean() > 0.98
 
 
 def test_retrieval_is_scikit_learns_average_precision() -> None:
@@ -245,6 +273,12 @@ def test_interval_covers_the_truth_as_often_as_it_says() -> None:
         assert score.ci95 is not None
         hits += abs(score.mean - 0.7) <= score.ci95
     assert 0.93 < hits / 2000 < 0.965
+
+
+def test_interval_of_few_draws_covers_the_truth_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    hits = [abs(draws.mean()) <= evaluations.half_width(draws) for draws in random.normal(size=(4000, 4))]
+    assert 0.935 < np.mean(hits) < 0.965
 
 
 def test_knn_is_scikit_learns() -> None:
