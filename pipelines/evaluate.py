@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from darkmatter import cluster, console, files, params, pictures, registry
+from darkmatter import cluster, console, files, gallery, params, pictures, registry
 from darkmatter.evaluate import evaluate
 
 
@@ -21,6 +21,7 @@ def main() -> None:
     )
     pictures.few_shot(results.tree, Path("plots/few_shot.png"))
     pictures.energies(*results.energies, Path("plots/energies.png"))
+    gallery.draw(results.extraction, results.network, results.subject, Path("plots"))
     files.write_json(
         "metrics/evaluate.json", {"champion_version": champion.version if champion else None, **results.tree}
     )

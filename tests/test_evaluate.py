@@ -1,16 +1,21 @@
 """The stage on real digits with a short real training."""
 
 import dataclasses
+import json
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 import runs
 
-from darkmatter import evaluate, model, params, pictures, registry, report, shards
+from darkmatter import evaluate, gallery, model, params, pictures, registry, report, shards
 from darkmatter.registry import gate
 from test_features import FromFiles
 
@@ -109,13 +114,55 @@ def test_without_labels_what_needs_them_is_named_and_the_rest_is_measured(
 
 
 def test_a_page_is_made_of_it(results: evaluate.Results, tmp_path: Path) -> None:
+    page = make_page(results, tmp_path)
+    html, text = page.html(), page.text()
+    assert html.count("data:image/png;base64,") == 7
+    assert "http" not in html.replace("http-equiv", "")
+    assert "Refused: the model is not not collapsed" not in html
+    assert "&lt;more&gt;" in html
+    assert "Goodput 75.0% of 12 s" in html
+    assert "start 20.0%, recovery 5.0%." in html
+    for words in ("5-way 5-shot", "pretrained", "champion", "pixels", "FAIL  not collapsed", "not measured: 0 classes"):
+        assert words in text
+    assert "Refused" in page.verdict()
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no Chromium")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_the_page_in_a_browser(results: evaluate.Results, tmp_path: Path, width: int) -> None:
+    """What is seen: every picture is drawn, and nothing but tables is wider than a phone."""
+    measure = (
+        "document.title = JSON.stringify({wide: document.documentElement.scrollWidth, high: document.body.scrollHeight, \
+drawn: [...document.images].map(i => i.naturalWidth), text: document.body.innerText.length})"
+    )
+    html = make_page(results, tmp_path).html() + f"<script>{measure}</script>"
+    (tmp_path / "page.html").write_text(html)
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path}/profile",
+        "--hide-scrollbars", f"--window-size={width},2000", f"--screenshot={tmp_path}/page.png", "--dump-dom",
+        (tmp_path / "page.html").as_uri(),
+    ]  # fmt: skip
+    told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    seen = json.loads(re.search(r"<title>(.*?)</title>", told)[1])
+    assert seen["wide"] <= max(width, 500)  # headless Chromium has no window under 500
+    assert seen["high"] > 2000
+    assert len(seen["drawn"]) == 7
+    assert min(seen["drawn"]) > 100
+    assert seen["text"] > 1500
+    with Image.open(tmp_path / "page.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**24)) > 200
+
+
+def make_page(results: evaluate.Results, tmp_path: Path) -> report.Page:
     plots = tmp_path / "plots"
     pictures.few_shot(results.tree, plots / "few_shot.png")
     pictures.energies(*results.energies, plots / "energies.png")
     pictures.history([{"step": 1, "loss": 2.0, "energy_margin": 0.5, "learning_rate": 0.1}], plots / "history.png")
+    gallery.draw(results.extraction, results.network, results.subject, plots)
     pictures.contact_sheet([np.zeros((9, 7, 1), np.uint8)], np.zeros((1, 2, 1, 8, 8)), plots / "views.png")
     rule = {"passed": False, "reason": "energy margin 0.5 < 0.9 & <more>"}
-    page = report.Page(
+    return report.Page(
         metrics={
             "evaluate": results.tree,
             "ingest": {
@@ -132,13 +179,3 @@ def test_a_page_is_made_of_it(results: evaluate.Results, tmp_path: Path) -> None
         params=params.read(Path(__file__).parent.parent / "params.yaml"),
         plots=plots,
     )  # fmt: skip
-    html, text = page.html(), page.text()
-    assert html.count("data:image/png;base64,") == 4
-    assert "http" not in html.replace("http-equiv", "")
-    assert "Refused: the model is not not collapsed" not in html
-    assert "&lt;more&gt;" in html
-    assert "Goodput 75.0% of 12 s" in html
-    assert "start 20.0%, recovery 5.0%." in html
-    for words in ("5-way 5-shot", "pretrained", "champion", "pixels", "FAIL  not collapsed", "not measured: 0 classes"):
-        assert words in text
-    assert "Refused" in page.verdict()

@@ -151,6 +151,13 @@ def map_tasks(
             progress.update()
 
 
+def share(value: Any) -> Any:
+    """A value that many tasks take, sent once: what is given to `map_tasks` in its place."""
+    import ray
+
+    return ray.put(value)
+
+
 class WorkersFailed(RuntimeError):
     """Distributed training ended with a failure of one or more workers; the message says which and why."""
 
@@ -196,7 +203,8 @@ def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig
                 name=name,
                 storage_path=storage,
                 storage_filesystem=filesystem,
-                failure_config=FailureConfig(max_failures=0),
+                # Of groups that do not start: a cluster that may grow is waited for, this machine will not grow.
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=-1 if attached() else 2),
             ),
         )
         try:
@@ -205,8 +213,27 @@ def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig
             failures = sorted(error.worker_failures.items())
             text = "; ".join(f"worker {rank}: {_last_line(one)}" for rank, one in failures)
             raise WorkersFailed(text, list(error.worker_failures.values())) from error
-        except (ControllerError, ray.exceptions.RayActorError) as error:  # the second: what watches the workers is gone
+        except ControllerError as error:
             raise WorkersFailed(_last_line(error)) from error
+        except ray.exceptions.RayActorError as error:  # what watches the workers is gone
+            _release_placement_groups()
+            raise WorkersFailed(_last_line(error)) from error
+
+
+def _release_placement_groups() -> None:
+    """Of this job: what a controller that died had reserved. The next one would wait for it for ever.
+
+    Ray's own cleaner gives up when two clusters run on one machine: it looks for the address and finds two (2.60).
+    """
+    import ray
+    from ray.util import state
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    context = ray.get_runtime_context()
+    mine = [("creator_job_id", "=", context.get_job_id()), ("state", "!=", "REMOVED")]
+    for group in state.list_placement_groups(address=context.gcs_address, filters=mine, limit=10_000):
+        identity = ray.PlacementGroupID(bytes.fromhex(group.placement_group_id))
+        remove_placement_group(PlacementGroup(identity))
 
 
 def _last_line(error: BaseException) -> str:

@@ -24,6 +24,10 @@ class Results:
     paired difference of the pretrained network to it. What could not be measured: protocol -> skipped -> reason."""
     energies: tuple[Float[np.ndarray, " samples"], Float[np.ndarray, " samples"]]
     """Of compatible and of incompatible pairs, by the pretrained network."""
+    subject: Subject
+    """The pretrained network's features."""
+    extraction: Extraction
+    network: contenders.Network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,7 @@ def evaluate(
     """
     chosen = plan(section)
     _, spec, _ = model.load(model_folder)
-    networks: list[Contender] = [
+    networks = [
         contenders.Network("pretrained", model_folder.resolve()),
         contenders.Network("untrained", model_folder.resolve(), trained=False),
     ]
@@ -92,7 +96,8 @@ def evaluate(
     with cluster.session():
         subjects = _subjects(extraction, networks, others, chosen.changes)
         names = [name for name, _, _ in chosen.chosen]
-        tasks = [(name, section, one, chosen.seed) for name in names for one in subjects]
+        sent = [cluster.share(one) for one in subjects]  # once, not with each task
+        tasks = [(name, section, one, chosen.seed) for name in names for one in sent]
         answers = list(cluster.map_tasks(_score, tasks, "scoring", total=len(tasks)))
     labels = subjects[0].query_labels
     tree: dict[str, Any] = {
@@ -103,7 +108,13 @@ def evaluate(
     for number, name in enumerate(names):
         found = answers[number * len(subjects) : (number + 1) * len(subjects)]
         tree[name] = _tabulate({one.name: scores for one, scores in zip(subjects, found, strict=True)})
-    return Results(tree=tree, energies=(np.asarray(subjects[0].compatible), np.asarray(subjects[0].incompatible)))
+    return Results(
+        tree=tree,
+        energies=(np.asarray(subjects[0].compatible), np.asarray(subjects[0].incompatible)),
+        subject=subjects[0],
+        extraction=extraction,
+        network=networks[0],
+    )
 
 
 def _subjects(

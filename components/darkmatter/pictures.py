@@ -104,10 +104,65 @@ def energies(compatible: np.ndarray, incompatible: np.ndarray, path: Path) -> No
         axes.legend(frameon=False)
 
 
+def neighbours(rows: Sequence[Sequence[np.ndarray]], path: Path) -> None:
+    """A sample a row, and to its right those of the training split that are nearest to it; (C, S, S) uint8 each."""
+    columns = max(len(row) for row in rows)
+    with _figure(path, columns, len(rows) + 0.4, grid=(len(rows), columns)) as axes:
+        for row, line in zip(rows, axes, strict=True):
+            for axis, picture in zip(line, row, strict=False):
+                _show(axis, picture)
+            for axis in line:
+                axis.set_axis_off()
+            line[0].add_patch(_frame(line[0]))
+        axes[0][0].figure.suptitle("held-out image | nearest training images, nearest first")
+
+
+def map_of(points: np.ndarray, thumbnails: Sequence[np.ndarray], path: Path) -> None:
+    """Thumbnails, (C, S, S) uint8, at their places, (samples, 2) in [0, 1]."""
+    with _figure(path, 9, 9) as axes:
+        side = 0.028
+        for (x, y), picture in zip(points, thumbnails, strict=True):
+            _show(axes, picture, extent=(x - side / 2, x + side / 2, y - side / 2, y + side / 2))
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_axis_off()
+        axes.set_title("Held-out images, alike ones together (t-SNE of the embeddings)")
+
+
+def patches(images: Sequence[np.ndarray], colours: np.ndarray, path: Path) -> None:
+    """Images, (C, S, S) uint8, and below each its patches in colours, (images, grid, grid, 3)."""
+    with _figure(path, len(images), 2.4, grid=(2, len(images))) as axes:
+        for column, (picture, coloured) in enumerate(zip(images, colours, strict=True)):
+            _show(axes[0][column], picture)
+            axes[1][column].imshow(coloured, interpolation="nearest")
+            for row in (0, 1):
+                axes[row][column].set_axis_off()
+        axes[0][0].figure.suptitle("held-out images | first three principal components of their patches")
+
+
+def _show(axes: Any, picture: np.ndarray, **options: Any) -> None:
+    axes.imshow(picture.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255, **options)
+
+
+def _frame(axes: Any) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor="#1b6ca8", linewidth=3)
+
+
 def history(rows: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Loss, energy margin and learning rate over the steps."""
-    with _figure(path, 9, 2.8, grid=(1, 3)) as axes:
-        for axis, name in zip(axes[0], ("loss", "energy_margin", "learning_rate"), strict=True):
+    """Over the steps: the loss and each of its terms, health, rate and gradient."""
+    known = ("energy_margin", "rankme", "learning_rate", "gradient_norm")
+    others = {"step", "epoch", "workers", "images_per_second", "spread", "loss", *known}
+    names = dict.fromkeys(name for row in rows for name in row)
+    terms = [name for name in names if name not in others and not name.startswith(("seconds_", "skipped_"))]
+    shown = ["loss", *(terms if len(terms) > 1 else []), *(name for name in known if name in names)]
+    lines = -(-len(shown) // 3)
+    with _figure(path, 9, 2.3 * lines, grid=(lines, 3)) as axes:
+        for axis, name in itertools.zip_longest(axes.flat, shown):
+            if name is None:
+                axis.set_axis_off()
+                continue
             points = [(row["step"], row[name]) for row in rows if name in row]
             axis.plot(*zip(*points, strict=True), color="#1b6ca8", marker="." if len(points) < 40 else "")
             axis.set_title(name.replace("_", " "))

@@ -90,7 +90,7 @@ class Page:
         return {
             "look": f".venv/bin/mlflow ui --backend-store-uri {place['mlflow']}",
             "load": f'mlflow.pyfunc.load_model("models:/{name}@champion")',
-            "reproduce": "dvc repro",
+            "reproduce": f"git checkout {lineage.git_commit()['commit'] or 'COMMIT'}\ndvc repro",
         }
 
     def text(self) -> str:

@@ -85,6 +85,22 @@ def test_memory_that_ends_is_no_fault_to_restart_from(
     assert weights(tmp_path) == weights(reference)
 
 
+@pytest.fixture
+def another_cluster() -> Iterator[None]:
+    """Somebody else's Ray on this machine: what Ray does by looking for the one that there is goes wrong then."""
+    start = "import ray, sys; ray.init(address='local', num_cpus=0, include_dashboard=False); print('up', flush=True)"
+    other = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", f"{start}; sys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout
+    assert any(line.strip() == "up" for line in other.stdout)
+    yield
+    other.communicate("", timeout=60)
+
+
 @pytest.mark.parametrize("kinds", [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.long)])
 def test_a_run_that_is_hit_again_and_again_ends_in_the_same_weights(
     kinds: list[tuple[str, int, str]],
@@ -92,6 +108,7 @@ def test_a_run_that_is_hit_again_and_again_ends_in_the_same_weights(
     tmp_path: Path,
     reference: Path,
     by_value: None,
+    another_cluster: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     # Faults in steps and loading strike between two saves, those in saves at one: numbers that 5 divides.

@@ -72,7 +72,8 @@ All settings are in records/params.yaml.
 
 ## How good
 
-Accuracy on the test split, which no other stage reads, with 95% intervals, nearest centroid, the same episodes for all:
+Accuracy on the test split, which no other stage reads, with 95% intervals, the same episodes for all; by nearest centroid
+unless the row says logistic regression:
 
 | | pretrained | untrained | pixels | champion before |
 | --- | --- | --- | --- | --- |
