@@ -27,9 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`mlflow.set_tracking_uri` writes into the environment, where the next test would find it."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def no_registry() -> Iterator[None]:
+    """`mlflow.set_tracking_uri` writes into the environment, where the next test would find it, or what a module shares."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 @pytest.fixture(scope="session")
