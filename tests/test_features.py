@@ -179,3 +179,9 @@ def test_an_empty_split_is_named(digits: Path, network: Path, tmp_path: Path) ->
             (tmp_path / name).symlink_to(digits / "shards" / name)
     with pytest.raises(ValueError, match=r"the test split is empty; raise ingest\.test_fraction"):
         dataclasses.replace(one, folder=tmp_path).arrays("test", [])
+
+
+def test_shards_that_changed_while_features_are_computed_are_refused(digits: Path, network: Path) -> None:
+    one = extraction(digits, network, "unused")
+    with pytest.raises(ValueError, match="has changed since evaluation began"):
+        features._reader(one.folder, "the digest of another manifest", "test")

@@ -67,6 +67,11 @@ class Extraction:
         with shards.Reader(self.folder, self.manifest, split) as reader:
             return reader.labels
 
+    def pictures(self, split: shards.Split, numbers: Sequence[int]) -> Pictures:
+        """Some samples of a split as the network sees them."""
+        with shards.Reader(self.folder, self.manifest, split) as reader:
+            return _seen([reader.read(number) for number in numbers], self.spec)
+
     def arrays(self, split: shards.Split, wanted: Sequence[Wanted]) -> dict[Wanted, np.ndarray]:
         """Within a `cluster.session`.
 
@@ -88,8 +93,10 @@ class Extraction:
             else:
                 missing.setdefault(place[0], []).append(place[1])
         here = dataclasses.replace(self, folder=self.folder.resolve())
+        digest = self.manifest.digest
         tasks = [
-            (here, split, parts[number].start, parts[number].stop, tuple(some)) for number, some in missing.items()
+            (here, digest, split, parts[number].start, parts[number].stop, tuple(some))
+            for number, some in missing.items()
         ]
         answers = cluster.map_tasks(_compute, tasks, f"embedding {split}", total=len(tasks), gpu=self.gpu)
         for number, arrays in zip(missing, answers, strict=True):
@@ -140,11 +147,11 @@ def _code() -> str:
 
 
 def _compute(
-    extraction: Extraction, split: shards.Split, start: int, stop: int, wanted: Sequence[Wanted]
+    extraction: Extraction, digest: str, split: shards.Split, start: int, stop: int, wanted: Sequence[Wanted]
 ) -> list[np.ndarray]:
     """In a worker."""
     device = torch.device("cuda" if extraction.gpu else "cpu")
-    reader = _reader(extraction.folder, extraction.manifest.digest, split)
+    reader = _reader(extraction.folder, digest, split)
     rows: list[list[np.ndarray]] = [[] for _ in wanted]
     for begin in range(start, stop, _BATCH):
         batch = _Samples(extraction, reader, np.arange(begin, min(begin + _BATCH, stop)))
@@ -186,11 +193,7 @@ class _Samples:
     def _change(self, change: Change | None) -> tuple[Pictures, Sequence[bytes]]:
         if change is None:
             contents = [self._reader.read(number) for number in self.numbers.tolist()]
-            settings = self._spec.images
-            fitted = [
-                images.fit(images.decode(one), size=settings.image_size, channels=settings.channels) for one in contents
-            ]
-            return np.stack(fitted), contents
+            return _seen(contents, self._spec), contents
         pictures = change.apply(self.pictures(None)[0], self.numbers, seed=self.seed)
         settings = self._spec.images
         colour = np.broadcast_to(pictures, (len(pictures), 3, *pictures.shape[2:])).transpose(0, 2, 3, 1)
@@ -209,6 +212,12 @@ class _Samples:
         ]
         policy = training_set.choose_views(self._spec.views, settings)
         return policy(prepared, numbers, seed=self.seed, epoch=epoch)[:2]
+
+
+def _seen(contents: Sequence[bytes], spec: ModelSpec) -> Pictures:
+    size, channels = spec.images.image_size, spec.images.channels
+    fitted = [images.fit(images.decode(one), size=size, channels=channels) for one in contents]
+    return np.array(fitted, np.uint8).reshape(-1, channels, size, size)  # of none as well
 
 
 @functools.lru_cache(2)

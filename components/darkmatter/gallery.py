@@ -3,20 +3,18 @@
 Of samples that were not trained on: those of the validation split, or without one of the training split.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64
 
-from darkmatter import contenders, health, images, pictures, shards, training_set
+from darkmatter import contenders, health, pictures, training_set
 from darkmatter.evaluations import Subject, unit
 from darkmatter.features import Extraction
 from darkmatter.stream import permutation
 
 _QUERIES, _NEAREST, _ON_THE_MAP, _PATCHED = 8, 7, 600, 8
-Picture = UInt8[np.ndarray, "channels size size"]
 
 
 def draw(extraction: Extraction, network: contenders.Network, subject: Subject, folder: Path) -> None:
@@ -36,17 +34,17 @@ def draw(extraction: Extraction, network: contenders.Network, subject: Subject, 
     rows = []
     for query, row in zip(queries, nearest, strict=True):
         others = [one for one in row.tolist() if held_out == "val" or one != query][:_NEAREST]
-        rows.append([*_read(extraction, held_out, [query]), *_read(extraction, "train", others)])
+        rows.append([*extraction.pictures(held_out, [query]), *extraction.pictures("train", others)])
     pictures.neighbours(rows, folder / "neighbours.png")
 
     placed = order[:_ON_THE_MAP]
-    pictures.map_of(places(shown[placed]), _read(extraction, held_out, placed.tolist()), folder / "map.png")
+    pictures.map_of(places(shown[placed]), list(extraction.pictures(held_out, placed.tolist())), folder / "map.png")
 
-    some = _read(extraction, held_out, order[:_PATCHED].tolist())
+    some = extraction.pictures(held_out, order[:_PATCHED].tolist())
     opened = network.open(torch.device("cpu"))
     with torch.no_grad(), health.evaluating(opened.objective):
-        tokens = opened.objective.backbone.patches(opened.tensor(np.stack(some))).float().numpy()
-    pictures.patches(some, colours(tokens), folder / "patches.png")
+        tokens = opened.objective.backbone.patches(opened.tensor(some)).float().numpy()
+    pictures.patches(list(some), colours(tokens), folder / "patches.png")
 
 
 def neighbours(
@@ -88,12 +86,3 @@ def colours(tokens: Float[np.ndarray, "images patches features"]) -> Float[np.nd
 def _scaled(points: np.ndarray) -> np.ndarray:
     low, high = points.min(0), points.max(0)
     return (points - low) / np.maximum(high - low, 1e-12)
-
-
-def _read(extraction: Extraction, split: shards.Split, numbers: Sequence[int]) -> list[Picture]:
-    settings = extraction.spec.images
-    with shards.Reader(extraction.folder, extraction.manifest, split) as reader:
-        return [
-            images.fit(images.decode(reader.read(number)), size=settings.image_size, channels=settings.channels)
-            for number in numbers
-        ]

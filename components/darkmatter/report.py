@@ -3,6 +3,7 @@
 import base64
 import csv
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,11 @@ class Page:
     params: Mapping[str, Any]
     plots: Path
 
+    @functools.cached_property
+    def commit(self) -> dict[str, Any]:
+        """As `lineage.git_commit`."""
+        return lineage.git_commit()
+
     def html(self) -> str:
         """One self-contained page: pictures are inside it, nothing is fetched."""
         plots = {path.stem: _inline(path) for path in sorted(self.plots.glob("*.png"))}
@@ -47,7 +53,7 @@ class Page:
             pictures=plots,
             metrics=self.metrics,
             params=self.params,
-            commit=lineage.git_commit(),
+            commit=self.commit,
             usage=self.usage(),
         )
 
@@ -90,7 +96,7 @@ class Page:
         return {
             "look": f".venv/bin/mlflow ui --backend-store-uri {place['mlflow']}",
             "load": f'mlflow.pyfunc.load_model("models:/{name}@champion")',
-            "reproduce": f"git checkout {lineage.git_commit()['commit'] or 'COMMIT'}\ndvc repro",
+            "reproduce": f"git checkout {self.commit['commit'] or 'COMMIT'}\ndvc repro",
         }
 
     def text(self) -> str:
