@@ -98,7 +98,7 @@ def _read(
             **provenance,
             "git_commit": commit["commit"],
             "uncommitted": commit["dirty"],
-            "weights_sha256": _weights_digest(model_folder),
+            "weights_sha256": weights_digest(model_folder),
             "model_sha256": model.digest(model_folder),
             **digests,
         },
@@ -125,7 +125,8 @@ def _decide(config: RegisterConfig, rules: Sequence[gate.Rule], version: str, *,
     return decision
 
 
-def _weights_digest(model_folder: Path) -> str:
+def weights_digest(model_folder: Path) -> str:
+    """Names the weights of a model folder; the tag `weights_sha256` of a version."""
     parts = [files.sha256(model_folder / f"{name}.safetensors") for name in ("backbone", "objective")]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 

@@ -104,7 +104,7 @@ def pretrain(
         if saved is None or saved["step"] != steps:
             raise RuntimeError(f"training ended without its last checkpoint in {run.address}")
         objective.load_state_dict(saved["objective"])
-        model.save(out, objective, spec, _provenance(fingerprint, manifest, config, steps))
+        model.save(out, objective, spec, _provenance(fingerprint, manifest, config, steps, _computed(rows, place)))
         lost = goodput.shares(history.read_all(run.address), ended=time.time())
     times = {"goodput": lost.pop("step"), "wall_seconds": lost.pop("wall_seconds"), "lost_to": lost}
     return _summary(rows, steps, config, fingerprint) | times
@@ -326,7 +326,9 @@ def _summary(rows: list[dict[str, float]], steps: int, config: PretrainConfig, f
     }
 
 
-def _provenance(fingerprint: str, manifest: shards.Manifest, config: PretrainConfig, steps: int) -> dict[str, Any]:
+def _provenance(
+    fingerprint: str, manifest: shards.Manifest, config: PretrainConfig, steps: int, computed: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "fingerprint": fingerprint,
         "training_data": manifest.digest,
@@ -334,4 +336,17 @@ def _provenance(fingerprint: str, manifest: shards.Manifest, config: PretrainCon
         "seed": config.seed,
         "steps": steps,
         "versions": lineage.versions(),
+        "computed": computed,
+    }
+
+
+def _computed(rows: list[dict[str, float]], place: cluster.PlaceConfig) -> dict[str, Any]:
+    """What decides the last bits of the weights: sums of other lengths, or by other instructions, round differently."""
+    return {
+        "workers": sorted({int(row["workers"]) for row in rows}),
+        "cpus_per_worker": place.cpus_per_worker,
+        "gpu": place.gpu,
+        "compile": place.compile,
+        "fsdp": place.fsdp,
+        "processor": torch.backends.cpu.get_cpu_capability(),
     }
