@@ -66,7 +66,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     made = Repository(folder)
     made.change(
         backbone={"small_conv": {"width": 8}},
-        pretrain={"epochs": 4, "warmup_epochs": 1, "log_every": 1, "save_every": 10, "health_every": 62},
+        pretrain={"epochs": 6, "warmup_epochs": 1, "log_every": 1, "save_every": 10, "health_every": 62},
         evaluate={"few_shot": {"ways": [5], "shots": [5], "episodes": 100, "queries": 15}},
         register={"min_energy_margin": 0.8},
     )
@@ -138,7 +138,9 @@ def test_the_run_left_what_it_promises(repository: Repository) -> None:
         "data/shards/rejects.jsonl",
     ):
         assert (repository.folder / name).is_file()
-    assert b"data:image/png;base64," in (repository.folder / "report.html").read_bytes()
+    page = (repository.folder / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "python -m darkmatter.registry reproduce 1" in page
 
 
 def test_the_git_tree_is_clean_but_for_lock_and_metrics(repository: Repository) -> None:
@@ -263,6 +265,13 @@ def test_what_else_differs_is_named(rebuilt: tuple[Path, str], tmp_path: Path) -
     )
     assert "training data are others: dddddddddddd" in message
     assert "builtin:mnist has changed since" in message
+    # The training set that the version was trained on is taken from a folder; another one is not.
+    made = dataclasses.replace(origin, lineage={**origin.lineage, "training_data": "d" * 64})
+    assert not reproduce.take_data(made, project, project / "data" / "train")
+    assert not reproduce.take_data(origin, project, tmp_path / "nothing")
+    (tmp_path / "clone" / "data" / "train").mkdir(parents=True)
+    assert reproduce.take_data(origin, tmp_path / "clone", project / "data" / "train")
+    assert reproduce.other_data(origin, tmp_path / "clone") == ""
     lock = copy.deepcopy(dict(origin.lock))
     (changed,) = (dep for dep in lock["pretrain"]["deps"] if dep["path"] == "components/darkmatter/health.py")
     changed["md5"] = "0" * 32
