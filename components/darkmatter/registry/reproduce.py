@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 
 from darkmatter import files, lineage, registry, remote, shards, sources
 from darkmatter.console import Stopped
@@ -174,13 +175,16 @@ def differences(origin: Origin, project: Path) -> Iterator[str]:
     chosen, given = (one.get("params", {}).get("params.yaml", {}) for one in (then, now))
     if params := sorted(key for key in chosen.keys() | given.keys() if chosen.get(key) != given.get(key)):
         yield f"params: not those that it was trained with: {', '.join(params)}"
-    provenance = json.loads((project / _MODEL / "config.json").read_text())["provenance"]
-    if provenance["fingerprint"] != origin.lineage["fingerprint"]:
-        yield f"run: {origin.lineage['fingerprint']} then, {provenance['fingerprint']} now (code, params and data)"
+    fingerprint = json.loads((project / _MODEL / "config.json").read_text())["provenance"]["fingerprint"]
+    same = fingerprint == origin.lineage["fingerprint"]
+    if not same:
+        yield f"run: {origin.lineage['fingerprint']} then, {fingerprint} now: other code, params or data"
     for file in ("backbone.safetensors", "objective.safetensors"):
         yield from _other_tensors(file, origin.inside / "model" / file, project / _MODEL / file)
-    if not (code or params):
+    if same:
         yield f"code, params and data are equal: it is something warned of, or the weights are not of {_of(origin)}"
+    elif not (code or params):
+        yield "dvc.lock has the files of the commit: what Python ran then was darkmatter from elsewhere, or another Python"
 
 
 def _other_tensors(name: str, then: Path, now: Path) -> Iterator[str]:
@@ -191,17 +195,19 @@ def _other_tensors(name: str, then: Path, now: Path) -> Iterator[str]:
     unlike = [key for key in before if not torch.equal(before[key], after[key])]
     if not unlike:
         return
-    apart = {
-        key: float((before[key].double() - after[key].double()).abs().max())
-        if before[key].shape == after[key].shape
-        else float("inf")
-        for key in unlike
-    }
-    worst = max(apart, key=lambda key: apart[key])
+    apart = {key: _apart(before[key], after[key]) for key in unlike if before[key].is_floating_point()}
+    worst = max(apart, key=lambda key: apart[key], default="none of numbers")
     yield (
-        f"weights: {len(unlike)} of {len(before)} tensors in {name} differ, most {worst}, by {apart[worst]:.1e} "
-        f"(its largest is {float(before[worst].abs().max()):.1e})"
+        f"weights: {len(unlike)} of {len(before)} tensors in {name} differ, most {worst}, by "
+        f"{apart.get(worst, 0.0):.1e} of its largest number"
     )
+
+
+def _apart(before: Tensor, after: Tensor) -> float:
+    if before.shape != after.shape:
+        return float("inf")
+    before, after = before.double(), after.double()
+    return float((before - after).abs().max() / torch.maximum(before.abs().max(), after.abs().max()))
 
 
 def _require_commit(origin: Origin) -> Path:
