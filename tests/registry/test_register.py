@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,55 @@ def test_a_version_loads_with_its_own_requirements_alone_and_without_pickle(ther
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[:2] == ["(1, 32)", "(1,)"]
+
+
+_ELSEWHERE = """
+import importlib.metadata, json, sys
+import mlflow, numpy, pandas
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/test-backbone@champion")
+images = [open(name, "rb").read() for name in sys.argv[3:]]
+table = pandas.DataFrame({"image": images, "other": images[::-1]})
+numpy.savez(
+    sys.argv[2],
+    embedding=model.predict(table[["image"]]),
+    patch_mean=model.predict(table[["image"]], params={"pooling": "patch_mean"}),
+    energy=model.predict(table, params={"output": "energy"}),
+)
+print(json.dumps(sorted(one.metadata["Name"].lower() for one in importlib.metadata.distributions())))
+"""
+
+
+@pytest.mark.long
+def test_a_version_gives_the_same_numbers_in_a_fresh_environment_of_its_requirements(
+    there: Path, tmp_path: Path, loaded: Any
+) -> None:
+    """What pip installs by the version's requirements.txt and nothing else; several GB."""
+    contents = trained.pictures(6)
+    for number, content in enumerate(contents):
+        (tmp_path / str(number)).write_bytes(content)
+    (requirements,) = there.glob("mlruns/**/requirements.txt")
+    with tempfile.TemporaryDirectory() as place:  # pytest would keep it
+        python = Path(place) / "bin" / "python"
+        subprocess.run([sys.executable, "-m", "venv", place], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--requirement", requirements], check=True)
+        run = subprocess.run(
+            [python, "-c", _ELSEWHERE, f"sqlite:///{there}/mlflow.db", "found.npz", *map(str, range(len(contents)))],
+            capture_output=True, text=True, cwd=tmp_path,
+            env={"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "PATH": "/usr/bin:/bin"},
+        )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    installed = set(json.loads(run.stdout.splitlines()[-1]))
+    assert {"torch", "mlflow"} <= installed
+    assert not installed & {"darkmatter-ssl", "ray", "dvc", "timm", "torchvision", "onnxruntime", "scikit-image"}
+    found = np.load(tmp_path / "found.npz")
+    pairs = pandas.DataFrame({"image": contents, "other": contents[::-1]})
+    for name, wanted in {
+        "embedding": loaded.predict(pairs[["image"]]),
+        "patch_mean": loaded.predict(pairs[["image"]], params={"pooling": "patch_mean"}),
+        "energy": loaded.predict(pairs, params={"output": "energy"}),
+    }.items():
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_a_version_holds_what_it_promises_and_no_pickle(there: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ package.py    what a version consists of
 seal.py       the sha256 of every file, and a signature by choice
 register.py   the stage: gate, package, seal, version
 aliases.py    promotion, rollback, deletion, and the history of it; `python -m darkmatter.registry`
+reproduce.py  a version, trained again from its commit
 _embedder.py  the code that a version runs
 """
 
