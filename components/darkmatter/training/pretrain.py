@@ -273,13 +273,9 @@ def run_fingerprint(
     plugins = [("augmentations", spec.views), ("backbones", spec.backbone), ("objectives", spec.objective)]
     code = [Path(__file__), *(package / folder / f"{section['name']}.py" for folder, section in plugins)]
     options = [plugin.choose(folder, section, where=folder)[1].model_dump() for folder, section in plugins]
+    chosen = config.model_dump(exclude={"warm_start"})  # what it names may change; its digest says what it was
     return lineage.fingerprint(
-        lineage.code_digest(code),
-        manifest.digest,
-        spec.images.model_dump(),
-        options,
-        config.model_dump(exclude={"warm_start"}),
-        started_from,
+        lineage.code_digest(code), manifest.digest, spec.images.model_dump(), options, chosen, started_from
     )
 
 
