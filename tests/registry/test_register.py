@@ -263,7 +263,7 @@ def test_a_version_holds_what_it_promises_and_no_pickle(there: Path, tmp_path: P
     assert found == {
         "MODEL_CARD.md", "images.py", "programs.json", "embedding.pt2", "embedding.onnx", "energy.pt2",
         "model/config.json", "model/backbone.safetensors", "model/objective.safetensors",
-        "hub/config.json", "hub/model.safetensors", "hub/README.md",
+        "hub/config.json", "hub/model.safetensors", "hub/network.py", "hub/README.md",
         "records/lineage.json", "records/params.yaml", "records/dvc.lock", "records/requirements.lock",
         "records/note.txt", "records/report.html",
     }  # fmt: skip
@@ -313,7 +313,9 @@ def test_addresses_of_the_place_which_may_hold_a_password_are_kept_nowhere(there
 def test_the_hub_folder_is_the_network(there: Path) -> None:
     (folder,) = (path.parent for path in there.glob("mlruns/**/hub/config.json"))
     config = json.loads((folder / "config.json").read_text())
-    assert (config["architecture"], config["num_features"], config["model_args"]) == ("small_conv", 32, {"width": 4})
+    assert (config["architecture"], config["num_features"], config["model_args"]) == (
+        "small_conv", 32, {"in_chans": 1, "img_size": 28, "width": 4},
+    )  # fmt: skip
     objective, _, _ = model.load(there / "model")
     weights = load_file(folder / "model.safetensors")
     assert {name: tuple(value.shape) for name, value in weights.items()} == {
