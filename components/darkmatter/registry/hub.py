@@ -59,7 +59,8 @@ class Network(torch.nn.Module):
 
 
 def _named(weights, model):
-    return {f"body.{name}": value for name, value in weights.items()}
+    # Those of hub/ are the bare network's; what timm.models.save_for_hf writes later has the names of Network.
+    return {name if name.startswith(("body.", "fc.")) else f"body.{name}": value for name, value in weights.items()}
 
 
 @register_model
