@@ -2,8 +2,8 @@
 
     make bench-serving        # some minutes on two cores; writes into docs/performance.md
 
-The version is MODEL (default: the champion of this folder's registry). The server is `mlflow models serve` with one worker on
-this machine; beside it the same version is called in this process, with the same files, in turns. One client waits for each
+The version is the champion of this folder's registry, or --model. The server is `mlflow models serve` with one worker on
+this machine; beside it the same version is called in this process, with the same files, in turns. A client waits for each
 answer before it asks again; several do so at the same time.
 """
 
@@ -201,8 +201,7 @@ def main() -> None:
         f"28 x 28 pixels, {arguments.rounds} rounds in turns of {arguments.calls} requests. "
     )
     loading = (
-        f"A verified copy took {fetched:.1f} s, loading it {opened:.1f} s, the server {up:.0f} s until it answered, of which "
-        "most is importing."
+        f"A verified copy took {fetched:.1f} s, loading it {opened:.1f} s, the server {up:.0f} s until it answered."
     )
     replace_section(PAGE, "## A version over HTTP", [about + loading, "", *lines])
     eager = (

@@ -15,7 +15,7 @@ A part appears whole or not at all, and says by itself which images it is of: a 
 a later run embeds only what came since. (A file that was changed under its old name is not seen again.) A folder with the
 embeddings of another version is refused.
 
-It starts a Ray on this machine; with RAY_ADDRESS it uses that cluster, whose machines must see both folders and the registry:
+It starts a Ray on this machine; with RAY_ADDRESS it uses that cluster, whose machines see both folders and the registry:
 
     ray job submit --working-dir examples -- python embed_folder.py /shared/photos /shared/embeddings
 
