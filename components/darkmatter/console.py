@@ -4,6 +4,8 @@ import errno
 import sys
 from collections.abc import Callable
 
+from darkmatter.redact import Redacting
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -16,8 +18,12 @@ class Preempted(Exception):
 
 
 def run(stage: Callable[[], None]) -> None:
-    """Runs a stage. A wrong setting, wrong data, a full disk or a run that stopped itself end it with their message and
-    status 2, one that was asked to stop with 75 (EX_TEMPFAIL of sysexits.h: try again), all else with a traceback."""
+    """Runs a stage. What it prints shows no password of an address, nor does a traceback.
+
+    A wrong setting, wrong data, a full disk or a run that stopped itself end it with their message and status 2, one that
+    was asked to stop with 75 (EX_TEMPFAIL of sysexits.h: try again), all else with a traceback.
+    """
+    sys.stdout, sys.stderr = Redacting(sys.stdout), Redacting(sys.stderr)  # type: ignore[assignment]
     try:
         stage()
     except Preempted as error:

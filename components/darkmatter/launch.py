@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import re
 import secrets
 import signal
 import socket
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import psutil
 
@@ -32,6 +33,8 @@ from darkmatter import console, files
 
 _SHORTEST = 32  # characters of a token; ours have 64
 _START, _STOP = 180.0, 60.0  # seconds; Ray takes up to 30 to hand over what runs on a machine that leaves
+#: Processes of every machine; each opens its ports when it comes.
+_PARTS = {"raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
 _LOOPBACK = ("127.0.0.1", "localhost")
 _OURS = ("--head", "--address", "--port", "--node-ip-address", "--dashboard-host", "--dashboard-port", "--block",
          "--temp-dir", "--system-config", "--redis-password")  # fmt: skip
@@ -70,7 +73,9 @@ def with_token(environment: Mapping[str, str], path: Path | None) -> dict[str, s
     """
     mode = environment.get("RAY_AUTH_MODE", "token")
     if mode != "token":
-        raise Refused(f"RAY_AUTH_MODE is {mode!r}: whoever reaches a port of Ray could run code. Unset it, or set token")
+        raise Refused(
+            f"RAY_AUTH_MODE is {mode!r}: whoever reaches a port of Ray could run code. Unset it, or set token"
+        )
     kept = {name: value for name, value in environment.items() if not name.startswith("RAY_AUTH_TOKEN")}
     if path is None and environment.get("RAY_AUTH_TOKEN_PATH"):
         path = Path(environment["RAY_AUTH_TOKEN_PATH"])
@@ -107,9 +112,7 @@ def _check_strength(token: str, where: str) -> None:
         raise Refused(f"the token in {where} has {len(token)} characters and could be guessed; {_SHORTEST} at least")
 
 
-def head(
-    *, host: str, port: int, dashboard_port: int, environment: Mapping[str, str], more: Sequence[str] = ()
-) -> int:
+def head(*, host: str, port: int, dashboard_port: int, environment: Mapping[str, str], more: Sequence[str] = ()) -> int:
     """Runs the first machine of a cluster until SIGTERM or SIGINT. Returns the status to exit with.
 
     Args:
@@ -132,7 +135,9 @@ def head(
         # Else Ray takes the machine's own address instead of 127.0.0.1, and listens on all (measured with 2.60).
         environment = {**environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     token = environment.get("RAY_AUTH_TOKEN_PATH")
-    told = f"Ray is up at {host}:{port}{' (this machine only)' if alone else ''}, dashboard http://{host}:{dashboard_port}"
+    told = (
+        f"Ray is up at {host}:{port}{' (this machine only)' if alone else ''}, dashboard http://{host}:{dashboard_port}"
+    )
     told += f"\nuse it with: RAY_ADDRESS={host}:{port} RAY_AUTH_MODE=token"
     told += f" RAY_AUTH_TOKEN_PATH={token}" if token else " and its RAY_AUTH_TOKEN"
     return _hold(options, more, environment, told, ports=[(host, port), (host, dashboard_port)], alone=alone)
@@ -141,7 +146,9 @@ def head(
 def worker(*, host: str, address: str, environment: Mapping[str, str], more: Sequence[str] = ()) -> int:
     """Runs a further machine of the cluster at `address` until SIGTERM or SIGINT. Otherwise as `head`."""
     if host in _LOOPBACK or address.rpartition(":")[0] in _LOOPBACK:
-        raise ValueError("a head on 127.0.0.1 is for one machine; start it with --host and an address that others reach")
+        raise ValueError(
+            "a head on 127.0.0.1 is for one machine; start it with --host and an address that others reach"
+        )
     options = [f"--address={address}", f"--node-ip-address={host}"]
     return _hold(options, more, environment, f"this machine works for Ray at {address}", ports=[], alone=False)
 
@@ -171,7 +178,7 @@ def _hold(
             stderr=subprocess.STDOUT,
             env={**environment, "RAY_USAGE_STATS_ENABLED": "0"},
             start_new_session=True,  # Ctrl-C comes to us
-            preexec_fn=_end_with_parent,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509  # this process has one thread
         )
         try:
             if _wait_until_up(ray, ports, asked, log):
@@ -215,7 +222,7 @@ def _wait_until_up(
             raise ValueError(f"Ray did not start: {_last_words(log)}")
         if time.monotonic() > deadline:
             raise ValueError(f"Ray did not start within {_START:.0f} s: {_last_words(log)}")
-        if any(one.name() == "raylet" for one in _family(ray)) and all(_answers(*one) for one in ports):
+        if {name for name, _ in _listening(ray)} >= _PARTS and all(_answers(*one) for one in ports):
             return True
         time.sleep(0.2)
     return False
@@ -235,14 +242,20 @@ def _answers(host: str, port: int) -> bool:
 
 def _check_alone(ray: "subprocess.Popen[bytes]") -> None:
     """The switch that keeps Ray on 127.0.0.1 is one that another version may not know."""
-    found = [
-        f"{one.name()} on {line.laddr.ip}:{line.laddr.port}"
-        for one in _family(ray)
-        for line in one.net_connections("inet")
-        if line.status == psutil.CONN_LISTEN and line.laddr.ip not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
-    ]
+    found = [f"{name} on {line.ip}:{line.port}" for name, line in _listening(ray)]
+    found = [text for text in found if not re.search(r" on (::ffff:)?127\.0\.0\.1:", text)]
     if found:
         raise Refused(f"this Ray does not keep to 127.0.0.1 ({', '.join(found)}); give --host if that is meant")
+
+
+def _listening(ray: "subprocess.Popen[bytes]") -> list[tuple[str, Any]]:
+    """(name of the process, address) of every port."""
+    found = []
+    for one in _family(ray):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            name, lines = one.name(), one.net_connections("inet")
+            found += [(name, line.laddr) for line in lines if line.status == psutil.CONN_LISTEN]
+    return found
 
 
 def _family(ray: "subprocess.Popen[bytes]") -> list[psutil.Process]:
@@ -297,14 +310,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("token", help="write a new token").add_argument("file", type=Path)
     first = commands.add_parser("head", help="the first machine")
-    first.add_argument("--host", default="127.0.0.1", help="address that other machines reach; default: 127.0.0.1, none does")
+    first.add_argument("--host", default="127.0.0.1", help="address that others reach; default: 127.0.0.1, nobody does")
     first.add_argument("--port", type=int, default=6379)
     first.add_argument("--dashboard-port", type=int, default=8265)
     other = commands.add_parser("worker", help="a further machine")
     other.add_argument("--host", required=True, help="address of this machine that the others reach")
     other.add_argument("--address", required=True, help="HOST:PORT of the head")
     for command in (first, other):
-        command.add_argument("--token", type=Path, help="file of the token; default: RAY_AUTH_TOKEN_PATH, RAY_AUTH_TOKEN")
+        command.add_argument(
+            "--token", type=Path, help="file of the token; default: RAY_AUTH_TOKEN_PATH, RAY_AUTH_TOKEN"
+        )
     return parser
 
 

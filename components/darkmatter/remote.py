@@ -16,6 +16,7 @@ import tenacity
 
 from darkmatter import files
 from darkmatter.console import Stopped
+from darkmatter.redact import redact
 
 Answer = TypeVar("Answer")
 
@@ -30,6 +31,7 @@ class Unreadable(Stopped, OSError):
     """
 
     def __init__(self, reason: str, detail: str) -> None:
+        detail = redact(detail)  # it is written into rejects.jsonl, and sent between processes
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
@@ -313,7 +315,10 @@ def _opened(protocol: str, process: int) -> Any:
         options = {"config_kwargs": config, "default_fill_cache": False, "use_listings_cache": False}
     elif protocol in ("http", "https"):
         options = {
-            "client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=TIMEOUT, sock_read=TIMEOUT)},
+            "client_kwargs": {
+                "timeout": aiohttp.ClientTimeout(sock_connect=TIMEOUT, sock_read=TIMEOUT),
+                "trust_env": True,  # ~/.netrc, so that no address has to hold a password
+            },
             "use_listings_cache": False,
         }
     return fsspec.filesystem(protocol, skip_instance_cache=True, **options)
