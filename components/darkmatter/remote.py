@@ -56,6 +56,15 @@ def is_remote(address: str) -> bool:
     return "://" in address
 
 
+def is_here(address: str) -> bool:
+    """Whether it names a file of this machine, in whatever way."""
+    return not is_remote(address) or address.partition("://")[0].lower().rpartition("::")[2] in (
+        "file",
+        "local",
+        "memory",
+    )
+
+
 def join(base: str, path: str) -> str:
     """An address below another; an absolute one stays."""
     if is_remote(path) or path.startswith("/"):
@@ -180,7 +189,7 @@ def version(address: str) -> str:
         return _version_of(_retried(lambda: filesystem.info(path), address))
     try:
         return _version_of_stat(os.stat(address))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # as in _read_local
         raise _named(error, address) from error
 
 
@@ -325,9 +334,16 @@ def _opened(protocol: str, process: int) -> Any:
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """fsspec's file system of a remote address, and the path there."""
+    """fsspec's file system of a remote address, and the path there.
+
+    Raises:
+        Unreadable: `unknown-address`: there is no such kind, or its package is not installed.
+    """
     protocol = address.partition("://")[0]
-    filesystem = _opened(protocol, os.getpid())
+    try:
+        filesystem = _opened(protocol, os.getpid())
+    except (ValueError, ImportError) as error:
+        raise Unreadable("unknown-address", f"{address}: {error}") from error
     return filesystem, filesystem._strip_protocol(address)
 
 
