@@ -328,7 +328,7 @@ def test_a_checkpoint_that_somebody_else_wrote_is_not_executed_and_the_one_befor
 
 @pytest.mark.parametrize(
     "content",
-    ["[" * 100_000, '{"step": NaN}', '{"step": 1e999}', yaml_text(Path("x")), "{", "\x00", "{"],
+    ["[" * 100_000, '{"step": NaN}', '{"step": 1e999}', yaml_text(Path("x")), "{", "\x00"],
 )
 def test_json_beside_checkpoints_is_data(content: str, tmp_path: Path) -> None:
     (tmp_path / "history.jsonl").write_text(content + "\n")
@@ -373,7 +373,7 @@ def test_a_model_folder_names_no_code(
 ) -> None:
     folder, tree = model_folder(tmp_path)
     ran = rooms("model")
-    (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (folder / "config.json").write_text(json.dumps(tree | change).replace("{}", str(ran)))
@@ -496,7 +496,7 @@ def test_a_version_that_others_put_into_the_registry_is_not_executed(
     ran, folder = rooms("version"), tmp_path / "version"
     (tmp_path / "_embedder.py").write_text(_CODE.format(more=""))
     (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "addition.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    (tmp_path / "more" / "addition.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
     options = {"code_paths": [str(tmp_path / "more")]} if kind == "code-from-elsewhere" else {}
     mlflow.pyfunc.save_model(str(folder), python_model=str(tmp_path / "_embedder.py"), pip_requirements=[], **options)
     if "pickle" in kind:
@@ -510,7 +510,7 @@ def test_a_version_that_others_put_into_the_registry_is_not_executed(
     if kind == "changed-code":
         registry.load(f"models:/{kind}@champion")
         for stored in (store / "mlruns").rglob("_embedder.py"):
-            stored.write_text(_CODE.format(more=f"open({str(ran)!r}, 'w')"))
+            stored.write_text(_CODE.format(more=f"open({str(ran)!r}, 'w').close()"))
     with pytest.raises(ValueError, match=r"has no seal|no version of Darkmatter's|not what was registered"):
         registry.load(f"models:/{kind}@champion")
     champion = registry.champion(kind)
