@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any, Literal
 import yaml
 
 from darkmatter import cluster, console, lease, params, remote
+from darkmatter.redact import redact
 
 WEBHOOK = "DARKMATTER_WEBHOOK"
 
@@ -86,13 +86,13 @@ def run(repository: str, ref: str, *, branch: str, wait: float = 0.0) -> Outcome
     with tempfile.TemporaryDirectory(prefix="darkmatter-job-", ignore_cleanup_errors=True) as scratch:
         job = _Job(Path(scratch), repository, branch)
         commit = job.clone(ref)
-        print(f"job: commit {commit} of {_shown(repository)}, branch {branch}", flush=True)
+        print(f"job: commit {commit} of {redact(repository)}, branch {branch}", flush=True)
         place = job.place()
         try:
             with _lease(f"{place.storage}/jobs/{branch.replace('/', '-')}", wait):
                 outcome = job.run(place)
         except lease.Held as error:
-            outcome = Outcome(kind="busy", reason=str(error), repository=_shown(repository))
+            outcome = Outcome(kind="busy", reason=str(error), repository=redact(repository))
     return dataclasses.replace(outcome, commit=commit, branch=branch, seconds=round(time.monotonic() - started, 1))
 
 
@@ -139,7 +139,7 @@ class _Job:
             if self._git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", may_fail=True):
                 self._git("checkout", "--quiet", "--detach", name)
                 return self._git("rev-parse", "HEAD")
-        raise ValueError(f"{_shown(self.repository)} has no branch, tag or commit {ref!r}")
+        raise ValueError(f"{redact(self.repository)} has no branch, tag or commit {ref!r}")
 
     def place(self) -> cluster.PlaceConfig:
         """The section `place` of the clone, as DARKMATTER_PLACE changes it; its file may be one of the clone."""
@@ -199,7 +199,7 @@ class _Job:
         return [out for stage, out in list(_GROWING.items())[first:] if stage in self._lock()]
 
     def _outcome(self, status: int, before: Mapping[str, Any]) -> Outcome:
-        common: dict[str, Any] = {"repository": _shown(self.repository), "ingested": self._metrics("ingest")}
+        common: dict[str, Any] = {"repository": redact(self.repository), "ingested": self._metrics("ingest")}
         if status:
             ended = json.loads(self.ending.read_text()) if self.ending.exists() else {}
             if self.asked_to_stop or ended.get("status") == _PREEMPTED:
@@ -295,8 +295,8 @@ class _Job:
         done = subprocess.run(command, cwd=where, env=self.environment, capture_output=True, text=True, check=False)
         if done.returncode and not may_fail:
             told = (done.stderr or done.stdout).strip().splitlines()
-            shown = " ".join(_shown(part) for part in command[:3])
-            raise ValueError(f"{shown} ...: {_shown(told[-1]) if told else f'status {done.returncode}'}")
+            shown = " ".join(redact(part) for part in command[:3])
+            raise ValueError(f"{shown} ...: {redact(told[-1]) if told else f'status {done.returncode}'}")
         return done.stdout.strip() if done.returncode == 0 else ""
 
 
@@ -304,11 +304,6 @@ def _runs(changes: Sequence[Any]) -> bool:
     """Whether DVC would run a stage: what `dvc status` tells of it, but for files that are only not here."""
     there = (what for one in changes for what in (one.values() if isinstance(one, dict) else [one]))
     return any(not isinstance(what, dict) or set(what.values()) != {"deleted"} for what in there)
-
-
-def _shown(text: str) -> str:
-    """Without the password that an address may hold."""
-    return re.sub(r"://[^/@\s]*@", "://***@", text)
 
 
 def notify(outcome: Outcome) -> None:
@@ -342,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         outcome = run(chosen.repository, chosen.ref, branch=chosen.branch, wait=60 * chosen.wait)
     except (ValueError, console.Stopped) as error:
-        outcome = Outcome(kind="failed", reason=str(error), repository=_shown(chosen.repository))
+        outcome = Outcome(kind="failed", reason=redact(str(error)), repository=redact(chosen.repository))
     notify(outcome)
     print(f"\njob: {outcome} ({outcome.seconds:.0f} s)", flush=True)
     sys.exit(STATUS[outcome.kind])

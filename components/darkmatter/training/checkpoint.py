@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import sys
 import tempfile
@@ -90,6 +91,8 @@ class Checkpoints:
             if isinstance(error, remote.Unreadable) and error.reason == "connection":
                 raise
             problem = str(error)
+        except (pickle.UnpicklingError, RuntimeError) as error:  # weights_only refused it: somebody else wrote it
+            problem = f"it holds something else than tensors and numbers: {str(error).splitlines()[0][:200]}"
         raise ValueError(f"checkpoint {place} is damaged ({problem})")
 
     def steps(self) -> list[int]:
