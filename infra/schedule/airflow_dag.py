@@ -1,6 +1,6 @@
 """For Airflow's folder of DAGs: one task that sends a run and waits. The pipeline's own steps are DVC's business."""
 
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 from airflow.providers.standard.operators.bash import BashOperator
 from airflow.sdk import DAG
@@ -8,7 +8,7 @@ from airflow.sdk import DAG
 with DAG(
     dag_id="darkmatter_nightly",
     schedule="0 1 * * *",
-    start_date=datetime(2026, 1, 1, tzinfo=timezone.utc),
+    start_date=datetime(2026, 1, 1, tzinfo=UTC),
     catchup=False,
     max_active_runs=1,
 ):
