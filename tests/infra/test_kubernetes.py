@@ -394,7 +394,7 @@ def test_checkov_finds_nothing_that_has_no_reason(tmp_path: Path) -> None:
 
     write_for_checkov(tmp_path)
     config = INFRA / "checkov.yaml"
-    done = run("checkov", "--directory", str(tmp_path), "--config-file", str(config), "--output", "json", env=_QUIET())
+    done = run("checkov", "--directory", str(tmp_path), "--config-file", str(config), "--output", "json", env=quiet())
     reports = json.loads(done.stdout)
     reports = reports if isinstance(reports, list) else [reports]
     assert {report["check_type"] for report in reports} >= {"kubernetes", "dockerfile"}
@@ -410,12 +410,12 @@ def test_checkov_would_find_something(tmp_path: Path) -> None:
     policies = [tree for tree in manifests("small") if tree["kind"] == "NetworkPolicy"]
     (tmp_path / "mlflow.yaml").write_text(yaml.safe_dump_all([tree, *policies]))
     config = INFRA / "checkov.yaml"
-    done = run("checkov", "--directory", str(tmp_path), "--config-file", str(config), "--output", "json", env=_QUIET())
+    done = run("checkov", "--directory", str(tmp_path), "--config-file", str(config), "--output", "json", env=quiet())
     assert done.returncode == 1
     assert [c["check_id"] for c in json.loads(done.stdout)["results"]["failed_checks"]] == ["CKV_K8S_22"]
 
 
-def _QUIET() -> dict[str, str]:
+def quiet() -> dict[str, str]:
     return {**os.environ, "LOG_LEVEL": "ERROR", "CHECKOV_RUN_SCA_PACKAGE_SCAN_V2": "false"}
 
 
