@@ -8,7 +8,7 @@ TOOLS := .tools
 # DVC runs `python`; it must be this environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup tools demo show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives lock clean
+.PHONY: help setup tools demo submit show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -34,6 +34,10 @@ $(TOOLS)/installed: infra/tools.lock infra/tools.sh
 demo: setup  ## the whole pipeline on the built-in digits
 	$(BIN)/dvc repro
 	@$(BIN)/python -m darkmatter.report
+
+submit: setup  ## the pipeline of REF as a job on a Ray cluster: REPOSITORY=url ADDRESS=http://head:8265 PLACE=file (docs/jobs.md)
+	$(BIN)/python -m darkmatter.jobs submit --repository $(or $(REPOSITORY),$(shell git remote get-url origin 2>/dev/null)) \
+	  --ref $(or $(REF),main) $(if $(BRANCH),--branch $(BRANCH)) $(if $(ADDRESS),--address $(ADDRESS)) $(if $(PLACE),--place $(PLACE))
 
 show: setup  ## the results of the last run
 	@$(BIN)/python -m darkmatter.report

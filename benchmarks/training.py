@@ -124,7 +124,8 @@ def train_ours(method: str, backbone: str, source: str, folder: Path, turns: Tur
     spec = specification(method, backbone, folder)
     objective = model.build(spec, seed=0)
     config = PretrainConfig(
-        seed=0, epochs=10**6, batch_size=BATCH, accumulate=1, shuffle_shards=0, optimizer="adamw", learning_rate=0.0001,
+        seed=0, warm_start="", epochs=10**6, batch_size=BATCH, accumulate=1, shuffle_shards=0,
+        optimizer="adamw", learning_rate=0.0001,
         warmup_epochs=1, layer_decay=1.0, weight_decay=0.05, weight_decay_end=0.05, clip_norm=0.0, log_every=50,
         save_every=10**9, health_every=10**9, min_energy_margin=0.0,
     )  # fmt: skip

@@ -40,7 +40,7 @@ def speed(folder: Path, workers: int, torchrun: bool, epochs: int) -> float:
             mlflow=f"sqlite:///{name}/mlflow.db", signing_key="", max_restarts=0, stall_seconds=600.0, keep_checkpoints=1,
         )  # fmt: skip
         config = PretrainConfig(
-            seed=0, epochs=epochs, batch_size=BATCH, accumulate=1, shuffle_shards=0, optimizer="adamw",
+            seed=0, warm_start="", epochs=epochs, batch_size=BATCH, accumulate=1, shuffle_shards=0, optimizer="adamw",
             learning_rate=0.0001, warmup_epochs=0, layer_decay=1.0, weight_decay=0.05, weight_decay_end=0.05,
             clip_norm=0.0, log_every=ROW, save_every=10**9, health_every=10**9, min_energy_margin=0.0,
         )  # fmt: skip

@@ -6,9 +6,11 @@ from darkmatter import cluster, console, files, params, pictures, training_set
 
 
 def main() -> None:
-    config = params.parse(training_set.AugmentConfig, params.read()["augment"], where="augment")
+    tree = params.read()
+    config = params.parse(training_set.AugmentConfig, tree["augment"], where="augment")
+    place = params.parse(cluster.PlaceConfig, tree["place"], where="place")
     views = training_set.choose_views(config.views, config)
-    with cluster.session():
+    with cluster.session(place):
         statistics = training_set.build(Path("data/shards"), config, Path("data/train"))
     pictures.contact_sheet(*training_set.look(Path("data/train"), views), Path("plots/views.png"))
     files.write_json("metrics/augment.json", statistics)

@@ -9,7 +9,8 @@ def main() -> None:
     tree = params.read()
     source = params.parse(sources.SourceConfig, tree["source"], where="source")
     config = params.parse(ingest.IngestConfig, tree["ingest"], where="ingest")
-    with cluster.session():
+    place = params.parse(cluster.PlaceConfig, tree["place"], where="place")
+    with cluster.session(place):
         counts = ingest.ingest(source, config, out=Path("data/shards"))
     files.write_json("metrics/ingest.json", counts)
     print(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from darkmatter import cluster, console, files, model, params, shards, training, training_set
+from darkmatter import cluster, console, files, model, params, registry, shards, training, training_set
 from darkmatter.training.pretrain import pretrain
 
 
@@ -17,9 +17,17 @@ def main() -> None:
         images=training_set.load_image_spec(Path("data/train")),
         num_samples=shards.Manifest.load(Path("data/train")).samples("train"),
     )
-    with cluster.session():
+    if config.warm_start:
+        registry.connect(place.mlflow)
+    with registry.model_folder(config.warm_start) as start, cluster.session(place):
         summary = pretrain(
-            Path("data/train"), spec, config, place, out=Path("models/backbone"), plot=Path("plots/history.csv")
+            Path("data/train"),
+            spec,
+            config,
+            place,
+            out=Path("models/backbone"),
+            plot=Path("plots/history.csv"),
+            start=start,
         )
     files.write_json("metrics/pretrain.json", summary)
 

@@ -28,6 +28,7 @@ def main() -> None:
         history,
         tree,
         config,
+        ingested=metrics["ingest"],
         pictures=training_set.held_out(Path("data/train"), _CHECKED_IMAGES),
         records=[
             *sorted(Path("plots").iterdir()),

@@ -72,7 +72,7 @@ def test_more_than_the_machine_has_is_refused_and_not_waited_for(change: dict, k
     values = {"workers": 1, "cpus_per_worker": 2, "gpu": False, "compile": False,
               "activation_checkpointing": False, "fsdp": False, "storage": "s", "mlflow": "m", "max_restarts": 0,
               "stall_seconds": 60.0, "keep_checkpoints": 2, "data": "", "cache": "c", "cache_gibibytes": 1.0,
-              "features": "f", "signing_key": ""}  # fmt: skip
+              "features": "f", "dvc": "", "signing_key": ""}  # fmt: skip
     place = cluster.PlaceConfig(**{**values, **change})
     with pytest.raises(ValueError, match=f"place asks for {kind}"):
         cluster.train(lambda job, device: None, {}, place, name="never")

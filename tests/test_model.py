@@ -1,3 +1,4 @@
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -45,3 +46,39 @@ def test_weights_that_do_not_fit_their_config_are_refused(tmp_path: Path) -> Non
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="format 9; this version reads 2"):
         model.load(tmp_path / "m")
+
+
+def test_a_warm_start_takes_the_weights_and_keeps_its_own_statistics(tmp_path: Path) -> None:
+    spec = trained.save(tmp_path / "m", seed=5)
+    grown = spec.model_copy(update={"images": spec.images.model_copy(update={"mean": [0.2]}), "num_samples": 120})
+    objective = model.build(grown, seed=0)
+    assert model.take_over(objective, grown, tmp_path / "m") == []
+    ours, theirs = objective.state_dict(), model.load(tmp_path / "m")[0].state_dict()
+    assert {name for name in ours if not torch.equal(ours[name], theirs[name])} == {"backbone.mean"}
+    assert objective.backbone.mean.item() == pytest.approx(0.2)
+
+
+def test_a_memory_of_each_sample_starts_anew_when_there_are_more(tmp_path: Path) -> None:
+    options = {"name": "npid", "npid": importlib.import_module("test_npid").SMALL}
+    spec = trained.save(tmp_path / "m", seed=5, objective=options)
+    grown = spec.model_copy(update={"num_samples": 120})
+    objective = model.build(grown, seed=0)
+    fresh = objective.state_dict()["memory.bank.rows"].clone()
+    assert model.take_over(objective, grown, tmp_path / "m") == ["memory.bank.rows"]
+    assert torch.equal(objective.state_dict()["memory.bank.rows"], fresh)
+    theirs = model.load(tmp_path / "m")[0]
+    assert all(torch.equal(one, two) for one, two in zip(objective.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [
+        ("backbone", {"name": "small_conv", "small_conv": {"width": 8}}),
+        ("objective", {"name": "simclr", "simclr": {"projector": [16, 9]}}),
+    ],
+)
+def test_a_warm_start_from_a_model_of_another_kind_is_refused(section: str, value: dict, tmp_path: Path) -> None:
+    spec = trained.save(tmp_path / "m")
+    other = spec.model_copy(update={section: value})
+    with pytest.raises(ValueError, match=f"a warm start needs the {section} of"):
+        model.take_over(model.build(other, seed=0), other, tmp_path / "m")

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,31 @@ def test_small_views_for_a_method_that_takes_none_are_refused() -> None:
     with pytest.raises(params.ParamsError, match=r"local_views: objective simclr takes whole views only; set it to 0"):
         recipe.check({**right, "augment": {**right["augment"], "views": views}})
     recipe.check({**right, "augment": {**right["augment"], "views": views}, "objective": {"name": "swav"}})
+
+
+def test_a_file_of_the_place_wins_and_all_else_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "cluster.yaml"
+    other.write_text("storage: s3://bucket/checkpoints\nworkers: [2, 4]\n")
+    plain = params.read(ROOT / "params.yaml")
+    monkeypatch.setenv("DARKMATTER_PLACE", str(other))
+    moved = params.read(ROOT / "params.yaml")
+    assert moved == {**plain, "place": {**plain["place"], "storage": "s3://bucket/checkpoints", "workers": [2, 4]}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("wokers: 2", "key 'wokers' is unknown. Did you mean 'workers'"),
+        ("- 2", "must hold keys of the section place"),
+        ("a: [", "is not valid YAML"),
+        (None, "does not exist; DARKMATTER_PLACE names it"),
+    ],
+)
+def test_a_wrong_file_of_the_place_is_named(
+    text: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is not None:
+        (tmp_path / "cluster.yaml").write_text(text)
+    monkeypatch.setenv("DARKMATTER_PLACE", str(tmp_path / "cluster.yaml"))
+    with pytest.raises(params.ParamsError, match=re.escape(message)):
+        params.read(ROOT / "params.yaml")

@@ -4,6 +4,7 @@ Nothing has to be started by hand: without RAY_ADDRESS a cluster of this machine
 it; with RAY_ADDRESS (which a submitted job has by itself) the stage runs on that cluster.
 """
 
+import asyncio
 import collections
 import itertools
 import logging
@@ -25,6 +26,8 @@ Answer = TypeVar("Answer")
 _Count = Annotated[int, Field(gt=0)]
 
 _GROW_EVERY = 30.0  # seconds between two looks at whether more workers could be had
+_READY_WITHIN = 300.0  # seconds that a cluster may take from its start until it accepts a job
+_POLL = 1.0
 
 
 class PlaceConfig(Config):
@@ -48,8 +51,8 @@ class PlaceConfig(Config):
     """Folder, or address (s3://bucket/folder), of checkpoints, shared by all nodes. Outside DVC: an interrupted run finds
     its own by fingerprint."""
     data: str
-    """Address (s3://bucket/folder) that training data is sent to and streamed from, for workers that do not share this
-    folder; empty: they read data/train."""
+    """Address (s3://bucket/folder) that training data is sent to and streamed from, for nodes that do not share this
+    folder; all other work stays on the node of the stage then. Empty: every node reads this folder."""
     cache: str
     """Folder on each machine for the shards that come from there."""
     cache_gibibytes: float = Field(gt=0)
@@ -57,6 +60,9 @@ class PlaceConfig(Config):
     features: str
     """Folder, or address, where evaluation keeps embeddings, by weights and data: a killed one goes on, and new data
     costs only the new. May be removed at any time."""
+    dvc: str
+    """Address (s3://bucket/folder, or a folder) of DVC's remote, where a job (docs/jobs.md) finds what earlier ones made;
+    empty: the remote of .dvc/config, if there is one."""
     mlflow: str
     """Tracking URI of the registry; the environment variable MLFLOW_TRACKING_URI wins over it."""
     signing_key: str
@@ -91,8 +97,26 @@ def attached() -> bool:
 
 
 @contextmanager
-def session() -> Iterator[None]:
-    """Attaches to RAY_ADDRESS, or starts a cluster of this machine and ends it with the block."""
+def session(place: PlaceConfig | None = None) -> Iterator[None]:
+    """Attaches to RAY_ADDRESS, or starts a cluster of this machine and ends it with the block.
+
+    Workers of a cluster get this code, whatever is installed there. Tasks stay on the node of this process if `place` says
+    that the others do not share its folder.
+    """
+    global _tasks_stay  # like Ray's own session: one a process  # noqa: PLW0603
+    before, _tasks_stay = _tasks_stay, attached() and place is not None and bool(place.data)
+    try:
+        with _attached_or_started():
+            yield
+    finally:
+        _tasks_stay = before
+
+
+_tasks_stay = False
+
+
+@contextmanager
+def _attached_or_started() -> Iterator[None]:
     if not attached():
         # Ray listens on ports that any user of the machine reaches. A token of this session keeps them shut, and in the
         # environment it is not written to ~/.ray/auth_token, which Ray would do by itself, readable by all. Ray reads
@@ -105,7 +129,7 @@ def session() -> Iterator[None]:
         yield
         return
     if attached():
-        ray.init(log_to_driver=True)
+        ray.init(log_to_driver=True, runtime_env={"py_modules": [str(Path(__file__).parent)]})
     else:
         # The dashboard process answers Train's cleaner; without it that warns every second (measured with 2.60).
         ray.init(address="local", include_dashboard=True, logging_level=logging.WARNING, log_to_driver=True)
@@ -124,7 +148,7 @@ def map_tasks(
     gpu: bool = False,
 ) -> Iterator[Answer]:
     """`function(*task)` for each task on all cores of the cluster, in order, with a progress bar over `total`; on all GPUs,
-    with `gpu`.
+    with `gpu`. Where the nodes do not share this folder (`session`), only on those of this node.
 
     Tasks are taken and answers given one after the other: at any time only a few of either exist. A task whose process
     dies is run again by Ray; an exception of a task is raised here.
@@ -132,8 +156,14 @@ def map_tasks(
     import ray
     from tqdm import tqdm
 
-    remote = ray.remote(num_gpus=1)(function) if gpu else ray.remote(function)
-    ahead = 2 * max(1, round(ray.cluster_resources().get("GPU" if gpu else "CPU", 1)))
+    options: dict[str, Any] = {"num_gpus": 1} if gpu else {"num_cpus": 1}
+    if _tasks_stay:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        node = ray.get_runtime_context().get_node_id()
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+    remote = ray.remote(**options)(function)
+    ahead = 2 * max(1, round(_for_tasks("GPU" if gpu else "CPU")))
     pending: collections.deque[Any] = collections.deque()
     with tqdm(desc=what, unit="task", mininterval=1.0, total=total) as progress:
         for task in itertools.chain(tasks, itertools.repeat(None)):
@@ -149,6 +179,22 @@ def map_tasks(
                 raise error.cause from error
             yield answer
             progress.update()
+
+
+def has_gpus_for_tasks() -> bool:
+    """Whether `map_tasks` may be asked for GPUs; the node of a stage often has none."""
+    return _for_tasks("GPU") > 0
+
+
+def _for_tasks(kind: str) -> float:
+    import ray
+    from ray.util.state import list_nodes
+
+    if not _tasks_stay:
+        return float(ray.cluster_resources().get(kind, 0))
+    context = ray.get_runtime_context()
+    here = list_nodes(address=context.gcs_address, filters=[("node_id", "=", context.get_node_id())])
+    return float(here[0].resources_total.get(kind, 0))
 
 
 def share(value: Any) -> Any:
@@ -295,6 +341,61 @@ def _check_resources(place: PlaceConfig) -> None:
                 f"place asks for {needed} {kind}s ({least} workers), this machine has {there.get(kind, 0):.0f}; "
                 "lower place.workers, place.cpus_per_worker or place.gpu"
             )
+
+
+def submit(command: Sequence[str], *, address: str, name: str) -> str:
+    """Sends a command to a cluster, as a job on its head node. Returns the job's id.
+
+    Waits for a cluster that is just starting. `address` is that of its dashboard, `http://HOST:8265`.
+
+    Raises:
+        ValueError: nobody answers there, or the token is not the cluster's.
+    """
+    import shlex
+
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    deadline, told = time.monotonic() + _READY_WITHIN, False
+    while True:
+        try:
+            client = JobSubmissionClient(address)
+            return client.submit_job(entrypoint=shlex.join(command), metadata={"name": name})
+        except AuthenticationError as error:
+            raise ValueError(f"{address} does not accept this token: {_last_line(error)}") from error
+        except ConnectionError as error:
+            problem: Exception = error
+        except RuntimeError as error:  # the head answers before it can start anything
+            if "No available agent" not in str(error):
+                raise ValueError(f"{address} does not take the job: {_last_line(error)}") from error
+            problem = error
+        if time.monotonic() > deadline:
+            raise ValueError(f"{address} takes no job: {_last_line(problem)}") from problem
+        if not told:
+            print(f"waiting for {address} ({_last_line(problem)})", flush=True)
+        told = True
+        time.sleep(_POLL)
+
+
+def follow(job: str, *, address: str) -> int:
+    """Prints what a job prints, until it ends. Returns its exit status; 1 for one that had none."""
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    client = JobSubmissionClient(address)
+
+    async def tail() -> None:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+
+    while True:
+        asyncio.run(tail())
+        info = client.get_job_info(job)
+        if JobStatus(info.status).is_terminal():
+            break
+        time.sleep(_POLL)  # the line was cut
+    if info.driver_exit_code is None:
+        print(f"job {job}: {info.message}", flush=True)
+    return 1 if info.driver_exit_code is None else int(info.driver_exit_code)
 
 
 def _work(call: dict[str, Any]) -> None:

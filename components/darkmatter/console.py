@@ -1,8 +1,15 @@
 """How a stage ends: well, or with a message that a person can act on."""
 
 import errno
+import json
+import os
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+#: Names a file, for who runs stages through DVC, which keeps neither status nor message: {"stage", "status", "message"}.
+ENDING = "DARKMATTER_ENDING"
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -18,18 +25,27 @@ class Preempted(Exception):
 def run(stage: Callable[[], None]) -> None:
     """Runs a stage. A wrong setting, wrong data, a full disk or a run that stopped itself end it with their message and
     status 2, one that was asked to stop with 75 (EX_TEMPFAIL of sysexits.h: try again), all else with a traceback."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a job lets DVC ignore it, and what DVC starts inherits that
     try:
         stage()
     except Preempted as error:
         _end(str(error), status=75)
     except (ValueError, Stopped) as error:  # ParamsError is one; for our own mistakes there is assert
         _end(str(error))
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        _end(f"the disk is full: {error}. What was there before is still there; make room and run it again")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            _end(f"the disk is full: {error}. What was there before is still there; make room and run it again")
+        _note(f"{type(error).__name__}: {error}", status=1)
+        raise
 
 
 def _end(message: str, *, status: int = 2) -> None:
     print(f"\ndarkmatter: {message}\n", file=sys.stderr)
+    _note(message, status)
     sys.exit(status)
+
+
+def _note(message: str, status: int) -> None:
+    if path := os.environ.get(ENDING):
+        ending = {"stage": os.environ.get("DVC_STAGE", ""), "status": status, "message": message}
+        Path(path).write_text(json.dumps(ending))

@@ -92,8 +92,9 @@ def evaluate(
     others: list[Contender] = [contenders.Pixels(), contenders.Histogram()]
     others += [champion] if champion else []
     others += [contenders.beside(one, spec.images) for one in chosen.beside]
-    extraction = Extraction(folder=shards_folder, spec=spec, seed=chosen.seed, cache=place.features, gpu=place.gpu)
-    with cluster.session():
+    with cluster.session(place):
+        gpu = place.gpu and cluster.has_gpus_for_tasks()
+        extraction = Extraction(folder=shards_folder, spec=spec, seed=chosen.seed, cache=place.features, gpu=gpu)
         subjects = _subjects(extraction, networks, others, chosen.changes)
         names = [name for name, _, _ in chosen.chosen]
         sent = [cluster.share(one) for one in subjects]  # once, not with each task

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 from pydantic import Field
 
 from darkmatter import cluster, files, images, lineage, plugin, shards
@@ -238,11 +239,20 @@ class _Ingest:
             "rejects": sum(reasons.values()),
             "from_removed_files": _length(self.ledger.removed()),
             "rejects_by_reason": reasons,
+            "samples_by_class": self._by_class(manifest),
             "samples_by_split": by_split,
             "classes": len(manifest.classes or []),
             "shards": len(manifest.shards),
             "bytes": sum(shard.bytes for shard in manifest.shards),
         }
+
+    def _by_class(self, manifest: shards.Manifest) -> dict[str, int]:
+        """Empty without labels."""
+        counts = np.zeros(len(manifest.classes or []), np.int64)
+        for shard in manifest.shards if manifest.classes else ():
+            labels = shard.index(self.folder)["label"]
+            counts += np.bincount(labels[labels >= 0], minlength=len(counts))
+        return dict(zip(manifest.classes or [], counts.tolist(), strict=True))
 
 
 def split_of(sha256: str, config: IngestConfig) -> shards.Split:

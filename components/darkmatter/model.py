@@ -89,6 +89,44 @@ def load(folder: Path) -> tuple[Objective, ModelSpec, dict[str, Any]]:
     return objective.eval(), spec, tree["provenance"]
 
 
+def take_over(objective: Objective, spec: ModelSpec, folder: Path) -> list[str]:
+    """Gives a fresh objective the weights of a trained one of the same method and backbone.
+
+    Statistics of the images stay its own; what depends on the number of samples, as a memory of each, starts anew where
+    that number is another.
+
+    Args:
+        objective: of `spec`.
+        spec: what is to be trained.
+        folder: a model.
+
+    Returns:
+        Names of what starts anew.
+
+    Raises:
+        ValueError: another backbone, objective or number of channels, or weights that do not fit.
+    """
+    trained, before, _ = load(folder)
+    for what in ("backbone", "objective"):
+        asked, there = getattr(spec, what), getattr(before, what)
+        chosen = [plugin.choose(f"{what}s", one, where=what)[1] for one in (asked, there)]
+        if asked["name"] != there["name"] or chosen[0] != chosen[1]:
+            raise ValueError(f"a warm start needs the {what} of {folder}, which is {there}; params.yaml has {asked}")
+    if before.images.channels != spec.images.channels:
+        raise ValueError(
+            f"{folder} was trained on images of {before.images.channels} channels, not {spec.images.channels}"
+        )
+    ours, theirs = objective.state_dict(), trained.state_dict()
+    anew = [name for name, value in ours.items() if value.shape != theirs[name].shape]
+    if wrong := [name for name in anew if name.startswith(_PREFIX)]:
+        raise ValueError(f"{folder} has weights of another shape: {', '.join(wrong)}; is augment.image_size another?")
+    objective.load_state_dict({**theirs, **{name: ours[name] for name in anew}})
+    for part in objective.modules():
+        if isinstance(part, Backbone):
+            part.set_statistics(spec.images.mean, spec.images.std)
+    return anew
+
+
 def digest(folder: Path) -> str:
     """sha256 over the names and bytes of the folder's files: what was evaluated is what is registered."""
     parts = [f"{path.name} {files.sha256(path)}" for path in sorted(folder.iterdir())]

@@ -1,10 +1,14 @@
 """params.yaml -> frozen, typed configs. A key that nothing knows is an error that lists what is known.
 
+Where things run is not what is chosen: the variable DARKMATTER_PLACE names a YAML file whose keys take the place of those
+in the section `place`, so that a run moves to another machine without a change of a tracked file.
+
 Beside each component stands its Config (a subclass of `Config` below); this module only reads the file and turns one
 section into one Config, so that a stage knows, and depends on, its own sections alone.
 """
 
 import difflib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,22 +30,18 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+PLACE = "DARKMATTER_PLACE"
+
 ConfigType = TypeVar("ConfigType", bound=Config)
 
 
 def read(path: str | Path = "params.yaml") -> dict[str, dict[str, Any]]:
-    """Reads the file and checks the names of its sections.
+    """Reads the file and checks the names of its sections. The section `place` as DARKMATTER_PLACE has it.
 
     Raises:
         ParamsError: no such file, not YAML, an unknown section, a missing section, or a section that is no mapping.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ParamsError(f"{path} does not exist; run from the folder that holds it")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{path} is not valid YAML: {error}") from error
+    tree = _yaml(Path(path), "run from the folder that holds it")
     if not isinstance(tree, dict):
         raise ParamsError(f"{path} must hold the sections {', '.join(SECTIONS)}")
     for name in tree:
@@ -50,7 +50,28 @@ def read(path: str | Path = "params.yaml") -> dict[str, dict[str, Any]]:
     for name in SECTIONS:
         if not isinstance(tree.get(name), dict):
             raise ParamsError(f"{path}: section {name!r} is missing or is not a mapping")
+    if other := os.environ.get(PLACE):
+        tree["place"] |= _place(Path(other), tuple(tree["place"]))
     return tree
+
+
+def _place(path: Path, known: tuple[str, ...]) -> dict[str, Any]:
+    changes = _yaml(path, f"{PLACE} names it")
+    if not isinstance(changes, dict):
+        raise ParamsError(f"{path}, which {PLACE} names, must hold keys of the section place: {', '.join(known)}")
+    for name in changes:
+        if name not in known:
+            raise ParamsError(_unknown(f"{path}: key", str(name), known))
+    return changes
+
+
+def _yaml(path: Path, hint: str) -> Any:
+    if not path.is_file():
+        raise ParamsError(f"{path} does not exist; {hint}")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path} is not valid YAML: {error}") from error
 
 
 def parse(config_type: type[ConfigType], values: Mapping[str, Any], *, where: str) -> ConfigType:

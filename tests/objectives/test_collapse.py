@@ -41,7 +41,7 @@ def train(name: str, digits: str, folder: str, broken: bool) -> Outcome:
         num_samples=manifest.samples("train"),
     )
     config = PretrainConfig(
-        seed=0, epochs=STEPS // (manifest.samples("train") // BATCH), batch_size=BATCH,
+        seed=0, warm_start="", epochs=STEPS // (manifest.samples("train") // BATCH), batch_size=BATCH,
         shuffle_shards=0, learning_rate=0.004,
         warmup_epochs=1, weight_decay=0.05, weight_decay_end=0.05, clip_norm=0.0, accumulate=1,
         optimizer="adamw", layer_decay=1.0, log_every=30, save_every=1000, health_every=9,

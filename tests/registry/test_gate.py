@@ -37,6 +37,7 @@ def candidate(folder: Path, scores: dict[str, Any] = trained.SCORES) -> gate.Can
         uncommitted=[],
         records=["dvc.lock", "requirements.lock"],
         source="builtin:mnist",
+        ingested=trained.INGESTED,
     )
 
 
@@ -51,7 +52,7 @@ def failed(folder: Path, scores: dict[str, Any]) -> dict[str, str]:
 def test_a_healthy_model_passes_every_rule(tmp_path: Path) -> None:
     rules = gate.to_register(candidate(tmp_path / "m"), CONFIG)
     assert [rule for rule in rules if not rule.passed] == []
-    assert len({rule.name for rule in rules}) == 9
+    assert len({rule.name for rule in rules}) == 10
 
 
 def test_a_collapsed_model_is_refused_with_its_margin(tmp_path: Path) -> None:
@@ -196,3 +197,46 @@ def test_a_comparison_with_a_former_champion_does_not_count() -> None:
     rule = gate.to_be_champion(trained.beside_champion("2", 0.5), CONFIG, CURRENT, "w4")
     assert not rule.passed
     assert "beside champion 2, but it is 3 now; dvc repro --force evaluate" in rule.reason
+
+
+def shifted(folder: Path, **changes: Any) -> gate.Rule:
+    """The rule on data: `changes` came to those of the version before, all else stayed."""
+    now = copy.deepcopy(trained.INGESTED)
+    for name, change in changes.items():
+        now[name] = {**now[name], **change} if isinstance(change, dict) else change
+    before = gate.Before(version="3", source="builtin:mnist", ingested=trained.INGESTED)
+    one = dataclasses.replace(candidate(folder), ingested=now, before=before)
+    return gate.data_as_before(one, CONFIG)
+
+
+def test_new_files_like_those_before_pass(tmp_path: Path) -> None:
+    rule = shifted(tmp_path / "m", samples_by_class={"0": 72, "1": 48}, rejects_by_reason={"truncated": 4})
+    assert rule.passed
+    assert rule.reason.startswith("21 files came since version 3")
+    assert shifted(tmp_path / "n").reason == "no file came since version 3"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"samples_by_class": {"0": 75, "1": 50}, "rejects_by_reason": {"truncated": 28}}, "rejected as truncated 50%"),
+        ({"samples_by_class": {"0": 60, "1": 90}}, "class 1 100% (before 38%)"),
+        ({"samples_by_class": {"0": 75, "1": 50}, "duplicates": 27}, "duplicates 50% (before 2%)"),
+    ],
+    ids=["half of it corrupt", "one class only", "half of it repeated"],
+)
+def test_poisoned_new_files_are_refused_by_what_they_became(changes: dict, named: str, tmp_path: Path) -> None:
+    rule = shifted(tmp_path / "m", **changes)
+    assert not rule.passed
+    assert named in rule.reason
+
+
+def test_few_new_files_are_not_refused_for_what_chance_does(tmp_path: Path) -> None:
+    """Four of one class: a share of 1 instead of 0.57, as one time in ten."""
+    assert shifted(tmp_path / "m", samples_by_class={"0": 64, "1": 40}).passed
+
+
+def test_data_of_another_source_are_not_compared(tmp_path: Path) -> None:
+    before = gate.Before(version="3", source="folder:/other", ingested={})
+    one = dataclasses.replace(candidate(tmp_path / "m"), before=before)
+    assert gate.data_as_before(one, CONFIG).passed

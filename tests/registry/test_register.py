@@ -32,6 +32,7 @@ def repository(folder: Path) -> Path:
     os.chdir(folder)
     for name in ("params.yaml", "dvc.lock", "requirements.lock", "note.txt"):
         (folder / name).write_text(f"{name} of the test\n")
+    (folder / "ingest.json").write_text(json.dumps(trained.INGESTED))
     git("init", "-q")
     git("add", "params.yaml", "requirements.lock")
     git("commit", "-qm", "start")
@@ -53,13 +54,14 @@ def register(
     missing: tuple[str, ...] = (),
     **options: Any,
 ) -> dict[str, Any]:
-    names = [name for name in ("dvc.lock", "requirements.lock", "note.txt") if name not in missing]
+    names = [name for name in ("dvc.lock", "requirements.lock", "note.txt", "ingest.json") if name not in missing]
     return stage(
         folder,
         trained.scores_of(folder) if scores is None else scores,
         trained.HISTORY,
         trained.PARAMS,
         config,
+        ingested=trained.INGESTED,
         pictures=trained.pictures(5),
         records=[folder.parent / name for name in (*names, "not-there.png")],
         page=lambda decision: f"<p>version {decision['version']}: {decision['alias']}</p>",
@@ -265,7 +267,7 @@ def test_a_version_holds_what_it_promises_and_no_pickle(there: Path, tmp_path: P
         "model/config.json", "model/backbone.safetensors", "model/objective.safetensors",
         "hub/config.json", "hub/model.safetensors", "hub/README.md",
         "records/lineage.json", "records/params.yaml", "records/dvc.lock", "records/requirements.lock",
-        "records/note.txt", "records/report.html",
+        "records/note.txt", "records/ingest.json", "records/report.html",
     }  # fmt: skip
     outside = {path.name for path in (tmp_path / "version").iterdir()}
     assert outside == {

@@ -34,7 +34,8 @@ CARD = CardConfig(
     licence="Apache-2.0",
 )
 CONFIG = RegisterConfig(
-    model="test-backbone", protocol="5-way 5-shot", min_energy_margin=0.9, min_rankme=5.0, max_program_difference=1e-4,
+    model="test-backbone", protocol="5-way 5-shot", min_energy_margin=0.9, min_rankme=5.0,
+    max_data_shift=0.25, max_program_difference=1e-4,
     allow_dirty=False, card=CARD,
 )  # fmt: skip
 PARAMS = {
@@ -42,6 +43,10 @@ PARAMS = {
     "pretrain": {"epochs": 3},
     "place": {"mlflow": "postgresql://me:secret@host/db"},
 }
+INGESTED: dict[str, Any] = {
+    "samples": 100, "samples_by_class": {"0": 60, "1": 40}, "duplicates": 2, "near_duplicates": 0,
+    "rejects_by_reason": {"truncated": 3},
+}  # fmt: skip
 HISTORY = [{"step": 10.0, "loss": 3.0, "energy_margin": 0.8}, {"step": 20.0, "loss": 2.0}]
 
 

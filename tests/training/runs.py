@@ -17,7 +17,8 @@ from darkmatter.training import PretrainConfig, loop
 from darkmatter.training.checkpoint import Checkpoints
 
 CONFIG = PretrainConfig(
-    seed=0, epochs=8, batch_size=32, shuffle_shards=0, learning_rate=0.004, warmup_epochs=1, weight_decay=0.05,
+    seed=0, warm_start="", epochs=8, batch_size=32, shuffle_shards=0, learning_rate=0.004, warmup_epochs=1,
+    weight_decay=0.05,
     clip_norm=0.0, accumulate=1, optimizer="adamw", layer_decay=1.0, weight_decay_end=0.05,
     log_every=1, save_every=7, health_every=10, min_energy_margin=0.0,
 )  # fmt: skip
@@ -34,7 +35,7 @@ def place(folder: Path, **changes: Any) -> PlaceConfig:
         "storage": str(folder / "storage"), "data": "", "max_restarts": 2,
         "cache": str(folder / "cache"), "cache_gibibytes": 1.0, "stall_seconds": 60.0, "keep_checkpoints": 2,
         "features": str(folder / "features"),
-        "mlflow": "http://127.0.0.1:9", "signing_key": "",
+        "dvc": "", "mlflow": "http://127.0.0.1:9", "signing_key": "",
     }  # fmt: skip
     return PlaceConfig(**{**values, **changes})
 

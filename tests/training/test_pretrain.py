@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import runs
+import torch
 
-from darkmatter import cluster, lineage, shards
+from darkmatter import cluster, lineage, model, shards
 from darkmatter.console import Stopped
 from darkmatter.training import pretrain
 
@@ -61,6 +62,27 @@ def test_an_impossible_batch_is_refused_before_training(batch: int, message: str
         pretrain.pretrain(
             digits / "train", spec, config, runs.place(tmp_path), out=tmp_path / "m", plot=tmp_path / "h.csv"
         )
+
+
+def test_a_warm_start_begins_with_the_weights_of_the_other_and_is_a_run_of_its_own(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, at a learning rate at which nothing moves."""
+    spec = runs.spec(digits / "train", "simclr")
+    model.save(tmp_path / "start", model.build(spec, seed=7), spec, {"seed": 7})
+    still = CONFIG.model_copy(update={"epochs": 1, "warmup_epochs": 0, "learning_rate": 1e-12})
+    monkeypatch.setattr(cluster, "train", lambda work, job, place, name: work(job, torch.device("cpu")))
+    summary = pretrain.pretrain(
+        digits / "train", spec, still, runs.place(tmp_path, workers=1), out=tmp_path / "m", plot=tmp_path / "h.csv",
+        start=tmp_path / "start",
+    )  # fmt: skip
+    trained, _, provenance = model.load(tmp_path / "m")
+    start = model.build(spec, seed=7)
+    pairs = zip(trained.parameters(), start.parameters(), strict=True)
+    assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in pairs)
+    assert provenance["started_from"] == model.digest(tmp_path / "start")
+    manifest = shards.Manifest.load(digits / "train")
+    assert summary["fingerprint"] != pretrain.run_fingerprint(manifest, spec, still)
 
 
 def test_code_of_the_chosen_plugins_is_in_the_fingerprint() -> None:

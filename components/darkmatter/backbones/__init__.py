@@ -29,14 +29,20 @@ class Backbone(nn.Module):
         self.channels, self.image_size = len(mean), image_size
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.register_buffer("mean", torch.empty(len(mean), 1, 1))
+        self.register_buffer("std", torch.empty(len(std), 1, 1))
+        self.set_statistics(mean, std)
         # timm's plain vision transformers can leave hidden patches out instead of computing them.
         self.drops_patches = any(base.__name__ == "VisionTransformer" for base in type(network).__mro__)
         with torch.no_grad():
             _, patches, self.token_features = self._probe().shape
         self.grid = round(patches**0.5)
         """Patches along each side."""
+
+    def set_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Of the training images, a number a channel: what the network sees has mean 0 and deviation 1."""
+        self.mean.copy_(torch.tensor(mean).view(-1, 1, 1))
+        self.std.copy_(torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, images: Images) -> Float[Tensor, "batch features"]:
         return self.network(self.normalise(images))

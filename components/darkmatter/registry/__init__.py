@@ -16,7 +16,8 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ class RegisterConfig(Config):
     """Below it the energy does not tell compatible pairs from others: the model has collapsed and is refused."""
     min_rankme: float = Field(ge=1)
     """Below so many dimensions in use (RankMe of the test embeddings) the model has collapsed and is refused."""
+    max_data_shift: float = Field(ge=0, le=1)
+    """Of the files that came since the newest version was made: how far the shares of what became of them (each class,
+    duplicates, each reason for a reject) may be from those before, beyond chance, as total variation distance. Above it
+    something is wrong with the new data, and the model is refused."""
     max_program_difference: float = Field(gt=0)
     """How far an exported program may be from the network, as a share of the largest number that the network gives."""
     allow_dirty: bool
@@ -181,6 +186,48 @@ def fetch(uri: str, folder: Path, *, public_key: Path | None = None) -> None:
         if public_key is not None:
             seal.verify_signature(copy, public_key)
         shutil.move(copy, folder)
+
+
+@contextmanager
+def model_folder(address: str) -> Iterator[Path | None]:
+    """The model folder of a version, proven to be what was registered, for the block; or a folder itself.
+
+    Args:
+        address: `models:/NAME/3`, `models:/NAME@champion`, a folder, or nothing.
+
+    Yields:
+        None for nothing, and for an alias that no version has yet.
+
+    Raises:
+        As `fetch`; ValueError: no such folder.
+    """
+    if not address.startswith("models:/"):
+        if address and not (Path(address) / "config.json").is_file():
+            raise ValueError(f"{address} is no model folder (it has no config.json) and no models:/NAME/3")
+        yield Path(address) if address else None
+        return
+    name, at, alias = address.removeprefix("models:/").partition("@")
+    if at and find(name, alias=alias) is None:
+        print(f"there is no {address} yet", flush=True)
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="darkmatter-") as scratch:
+        fetch(address, Path(scratch, "version"))
+        yield Path(scratch, "version", "artifacts", "version", "model")
+
+
+def record_of(name: str, version: str, file: str) -> bytes:
+    """A file of a version's records, as `ingest.json`, by itself.
+
+    Raises:
+        mlflow.exceptions.MlflowException: there is none.
+    """
+    import mlflow
+
+    stored = mlflow.MlflowClient().get_model_version_download_uri(name, version)
+    with tempfile.TemporaryDirectory() as scratch:
+        uri = f"{stored.rstrip('/')}/artifacts/version/records/{file}"
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch)).read_bytes()
 
 
 def _remove_traces(copy: Path) -> None:

@@ -1,6 +1,7 @@
 """The gate: may this model be registered, and may it be champion? Each rule answers with its reason."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,23 @@ class Candidate:
     """Names of the files that would be kept in the version."""
     source: str
     """`source.uri`."""
+    ingested: Mapping[str, Any]
+    """What ingest counted."""
+    before: "Before | None" = None
+    """The data of the version that passed the gate last, if there is one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Before:
+    version: str
+    source: str
+    ingested: Mapping[str, Any]
 
 
 def to_register(candidate: Candidate, config: RegisterConfig) -> list[Rule]:
     """The rules that a model must pass before a version is made of it."""
     return [
+        data_as_before(candidate, config),
         _finite(candidate.folder),
         _as_evaluated(candidate),
         not_collapsed(candidate.scores, config),
@@ -104,6 +117,47 @@ def _as_evaluated(candidate: Candidate) -> Rule:
             name=name, passed=False, reason=f"{what}, or this one was changed since; dvc repro --force evaluate"
         )
     return Rule(name=name, passed=True, reason=f"the model folder that was evaluated, {measured[:12]}")
+
+
+def data_as_before(candidate: Candidate, config: RegisterConfig) -> Rule:
+    """Of the files that came since the newest version was made became what became of those before: the same shares of each
+    class, of duplicates and of each reason for a reject.
+
+    The distance is half the sum of the differences of the shares (total variation), less what chance gives for so few files:
+    the mean absolute deviation of a binomial share is sqrt(2 p (1 - p) / (pi n)), in the normal approximation.
+    """
+    name, before = "data as before", candidate.before
+    if before is None:
+        return Rule(name=name, passed=True, reason="there is no version whose data to compare with")
+    if before.source != candidate.source:
+        reason = f"version {before.version} was trained on another source, {before.source}"
+        return Rule(name=name, passed=True, reason=reason)
+    both = (before.ingested, candidate.ingested)
+    labelled = all(one.get("samples_by_class") for one in both)
+    old, now = (_outcomes(one, labelled=labelled) for one in both)
+    new = {what: max(0, count - old.get(what, 0)) for what, count in now.items()}
+    files, files_before = sum(new.values()), sum(old.values())
+    if not files:
+        return Rule(name=name, passed=True, reason=f"no file came since version {before.version}")
+    shares = {what: (new.get(what, 0) / files, old.get(what, 0) / files_before) for what in {**old, **new}}
+    chance = sum(math.sqrt(2 * p * (1 - p) / (math.pi * files)) for _, p in shares.values()) / 2
+    shift = max(0.0, sum(abs(q - p) for q, p in shares.values()) / 2 - chance)
+    passed = shift <= config.max_data_shift
+    told = f"{files:,} files came since version {before.version}; "
+    told += f"what became of them differs by {shift:.2f} {'<=' if passed else '>'} {config.max_data_shift}"
+    if not passed:
+        worst = sorted(shares.items(), key=lambda one: one[1][1] - one[1][0])[:3]
+        told += ": " + ", ".join(f"{what} {q:.0%} (before {p:.0%})" for what, (q, p) in worst if q > p)
+        told += ". Mend the source (ingest.drop_removed takes out what is gone), or allow it: register.max_data_shift"
+    return Rule(name=name, passed=passed, reason=told)
+
+
+def _outcomes(ingested: Mapping[str, Any], *, labelled: bool) -> dict[str, int]:
+    """How many files became what."""
+    samples = {f"class {label}": count for label, count in ingested["samples_by_class"].items()} if labelled else {}
+    rejects = {f"rejected as {reason}": count for reason, count in ingested["rejects_by_reason"].items()}
+    repeated = {"duplicates": ingested["duplicates"] + ingested["near_duplicates"]}
+    return {**(samples or {"samples": ingested["samples"]}), **repeated, **rejects}
 
 
 def not_collapsed(scores: Mapping[str, Any], config: RegisterConfig) -> Rule:

@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from darkmatter import files, lineage, model, tracking
-from darkmatter.registry import RegisterConfig, aliases, champion, gate, package, seal
+from darkmatter.registry import RegisterConfig, aliases, champion, find, gate, package, record_of, seal
 
 Decision = dict[str, Any]
 
@@ -22,6 +24,7 @@ def register(
     params: Mapping[str, Any],
     config: RegisterConfig,
     *,
+    ingested: Mapping[str, Any],
     pictures: Sequence[bytes],
     records: Sequence[Path],
     page: Callable[[Decision], str] | None = None,
@@ -37,6 +40,7 @@ def register(
         history: rows of the training, logged by step.
         params: the whole of params.yaml; all but `place` is logged and kept.
         config: the section `register`.
+        ingested: what `ingest` counted.
         pictures: image files, at least two, on which the programs are checked.
         records: files kept in the version and with the run; those that are not there are left out.
         page: report.html of a decision, kept in the version; the version has no number yet then.
@@ -55,6 +59,8 @@ def register(
         uncommitted=made_of.lineage["uncommitted"],
         records=[path.name for path in records],
         source=params["source"]["uri"],
+        ingested=ingested,
+        before=_data_of_newest(config.model),
     )
     rules = gate.to_register(candidate, config)
     if not all(rule.passed for rule in rules):
@@ -83,6 +89,17 @@ def register(
             seal.sign(folder, signing_key)
         version = _publish(folder, made_of, history, config, seal_sha256, signed=signing_key is not None)
     return _decide(config, [*rules, to_be_champion], version, new=True)
+
+
+def _data_of_newest(name: str) -> gate.Before | None:
+    """Of the version that passed the gate last."""
+    newest = find(name, alias="candidate")
+    if newest is None or "seal_sha256" not in newest.tags:  # of before there were records
+        return None
+    version = str(newest.version)
+    params = yaml.safe_load(record_of(name, version, "params.yaml"))
+    ingested = json.loads(record_of(name, version, "ingest.json"))
+    return gate.Before(version=version, source=params["source"]["uri"], ingested=ingested)
 
 
 def _read(

@@ -12,6 +12,9 @@ class PretrainConfig(Config):
 
     seed: int = Field(ge=0)
     """Of the weights, the order of samples and the views."""
+    warm_start: str
+    """A trained model to start from: a version of the registry (models:/darkmatter-backbone@champion), or a model folder. Of
+    an alias that no version has yet, and when empty, from fresh weights."""
     epochs: int = Field(gt=0)
     """Passes over the training split."""
     batch_size: int = Field(gt=1)

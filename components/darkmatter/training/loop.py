@@ -31,6 +31,12 @@ class TrainState:
     collapse: guards.Collapse
     step: int = 0
 
+    @classmethod
+    def fresh(cls, objective: Objective, config: PretrainConfig) -> "TrainState":
+        """Before the first step."""
+        optimizer = optimizers.build(objective, config.optimizer, layer_decay=config.layer_decay)
+        return cls(objective, optimizer, guards.Numbers(objective), guards.Collapse(config.min_energy_margin))
+
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, **{name: part.state_dict() for name, part in self._parts().items()}}
 
@@ -83,12 +89,7 @@ def fit(
     total = config.epochs * stream.steps_per_epoch
     warmup = config.warmup_epochs * stream.steps_per_epoch
     model = parallel.lay_out(objective, device, **layout)
-    state = TrainState(
-        objective,
-        optimizers.build(objective, config.optimizer, layer_decay=config.layer_decay),
-        guards.Numbers(objective),
-        guards.Collapse(config.min_energy_margin),
-    )
+    state = TrainState.fresh(objective, config)
     if (saved := checkpoints.load_newest()) is not None:
         state.load_state_dict(saved)
     drawn = views(held_out, np.arange(len(held_out)), seed=config.seed, epoch=-1)

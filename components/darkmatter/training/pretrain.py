@@ -13,13 +13,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from darkmatter import cluster, collectives, files, lineage, model, plugin, remote, shards, tracking, training_set
+from darkmatter import (
+    cluster,
+    collectives,
+    files,
+    lease,
+    lineage,
+    model,
+    plugin,
+    remote,
+    shards,
+    tracking,
+    training_set,
+)
 from darkmatter.augmentations import Prepared, Views
 from darkmatter.beside import beside
 from darkmatter.console import Preempted, Stopped
 from darkmatter.store import Store
 from darkmatter.stream import Stream, steps_per_epoch
-from darkmatter.training import PretrainConfig, goodput, history, lease, loop, memory, telemetry
+from darkmatter.training import PretrainConfig, goodput, history, loop, memory, telemetry
 from darkmatter.training.run import Run
 from darkmatter.training.watchdog import watched
 
@@ -35,6 +47,7 @@ def pretrain(
     *,
     out: Path,
     plot: Path,
+    start: Path | None = None,
 ) -> dict[str, Any]:
     """Trains, or goes on training, and writes the model folder `out`.
 
@@ -48,9 +61,11 @@ def pretrain(
         place: where to train.
         out: of the export.
         plot: CSV to write, a row for every look at the run.
+        start: model folder to start from; from fresh weights without it.
 
     Raises:
-        ValueError: damaged data, or a batch that the workers cannot share or the data cannot fill.
+        ValueError: damaged data, a batch that the workers cannot share or the data cannot fill, or a model to start from
+            that is of another kind.
         Unreadable: the data cannot be sent to or read from `place.data`, or `place.storage` cannot be reached.
         Held: another driver trains this run.
         Stopped: the run stopped itself (collapse, numbers that are not finite), now or before, or restarts were of no help.
@@ -66,12 +81,18 @@ def pretrain(
         equal = workers * config.accumulate
         steps = config.epochs * steps_per_epoch(manifest.samples("train"), config.batch_size, equal)
     objective = model.build(spec, seed=config.seed)  # a wrong option fails here, before any process is started
-    fingerprint = run_fingerprint(manifest, spec, config)
+    anew = model.take_over(objective, spec, start) if start else []
+    started_from = model.digest(start) if start else ""
+    fingerprint = run_fingerprint(manifest, spec, config, started_from)
     run = Run.of(fingerprint, place)
     views = training_set.choose_views(spec.views, spec.images)
     print(_announce(objective, manifest, config, place, fingerprint, steps), flush=True)
+    if started_from:
+        print(f"starting from model {started_from[:12]}{f', but anew: {anew}' if anew else ''}", flush=True)
     with lease.held(run.address), run.stopping_at_sigterm():
         if not run.stopped():
+            if started_from and not run.checkpoints.newest_step():
+                run.checkpoints.save(0, loop.TrainState.fresh(objective, config).state_dict())
             prediction = memory.Prediction(
                 objective,
                 views.plan(objective.num_views),
@@ -104,7 +125,7 @@ def pretrain(
         if saved is None or saved["step"] != steps:
             raise RuntimeError(f"training ended without its last checkpoint in {run.address}")
         objective.load_state_dict(saved["objective"])
-        model.save(out, objective, spec, _provenance(fingerprint, manifest, config, steps))
+        model.save(out, objective, spec, _provenance(fingerprint, manifest, config, steps, started_from))
         lost = goodput.shares(history.read_all(run.address), ended=time.time())
     times = {"goodput": lost.pop("step"), "wall_seconds": lost.pop("wall_seconds"), "lost_to": lost}
     return _summary(rows, steps, config, fingerprint) | times
@@ -257,14 +278,16 @@ class _Data:
         return shards.Reader(Path(self.folder), manifest, split)
 
 
-def run_fingerprint(manifest: shards.Manifest, spec: model.ModelSpec, config: PretrainConfig) -> str:
-    """Names a run: equal for equal code, params and data."""
+def run_fingerprint(
+    manifest: shards.Manifest, spec: model.ModelSpec, config: PretrainConfig, started_from: str = ""
+) -> str:
+    """Names a run: equal for equal code, params, data and model to start from (its digest)."""
     package = Path(model.__file__).parent
     plugins = [("augmentations", spec.views), ("backbones", spec.backbone), ("objectives", spec.objective)]
     code = [Path(__file__), *(package / folder / f"{section['name']}.py" for folder, section in plugins)]
     options = [plugin.choose(folder, section, where=folder)[1].model_dump() for folder, section in plugins]
     return lineage.fingerprint(
-        lineage.code_digest(code), manifest.digest, spec.images.model_dump(), options, config.model_dump()
+        lineage.code_digest(code), manifest.digest, spec.images.model_dump(), options, config.model_dump(), started_from
     )
 
 
@@ -340,12 +363,15 @@ def _summary(rows: list[dict[str, float]], steps: int, config: PretrainConfig, f
     }
 
 
-def _provenance(fingerprint: str, manifest: shards.Manifest, config: PretrainConfig, steps: int) -> dict[str, Any]:
+def _provenance(
+    fingerprint: str, manifest: shards.Manifest, config: PretrainConfig, steps: int, started_from: str
+) -> dict[str, Any]:
     return {
         "fingerprint": fingerprint,
         "training_data": manifest.digest,
         "training_samples": manifest.samples("train"),
         "seed": config.seed,
         "steps": steps,
+        "started_from": started_from,  # the digest of a model folder; empty: fresh weights
         "versions": lineage.versions(),
     }

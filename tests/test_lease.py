@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from darkmatter.training import lease
-from darkmatter.training.lease import LOST, Held, held
+from darkmatter import lease
+from darkmatter.lease import LOST, Held, held
 
 HOLDS = """
 import sys, time
-from darkmatter.training import lease
+from darkmatter import lease
 lease._RENEW = 0.1
 with lease.held(sys.argv[1]):
     print("held", flush=True)

@@ -1,4 +1,4 @@
-"""A lease: one driver at a time trains a run.
+"""A lease: one driver at a time trains a run, or runs the jobs of a branch.
 
 A file beside the checkpoints says who holds it, and is written anew as long as its holder lives. It needs no more of a
 store than to read and to write whole files. What that leaves open: of two drivers that start within the same second both
@@ -28,18 +28,18 @@ _RENEW, _EXPIRE, _SETTLE = 5.0, 30.0, 0.5  # seconds
 
 
 class Held(Stopped):
-    """Another driver trains this run."""
+    """Another driver has the lease."""
 
 
 @contextmanager
-def held(address: str) -> Iterator[None]:
-    """The lease of the run at this address is ours within the block.
+def held(address: str, *, doing: str = "trains this run") -> Iterator[None]:
+    """The lease at this address is ours within the block; `doing` says in messages what its holder does.
 
     Raises:
         Held: by a driver that lives.
         Unreadable: the store cannot be reached.
     """
-    lease = _Lease(address)
+    lease = _Lease(address, doing)
     lease.take()
     try:
         with beside(lease.renew, "lease"):
@@ -49,8 +49,8 @@ def held(address: str) -> Iterator[None]:
 
 
 class _Lease:
-    def __init__(self, address: str) -> None:
-        self._address = remote.join(address, "lease.json")
+    def __init__(self, address: str, doing: str) -> None:
+        self._address, self._doing = remote.join(address, "lease.json"), doing
         self._mine = {
             "token": secrets.token_hex(8),
             "host": socket.gethostname(),
@@ -85,7 +85,7 @@ class _Lease:
 
     def _wait_for_a_sign_of(self, other: dict[str, Any]) -> None:
         """Returns when there is none for as long as a lease lasts. Clocks of two machines are not compared."""
-        print(f"waiting for a sign of life of {_name(other)}, who trained this run", flush=True)
+        print(f"waiting for a sign of life of {_name(other)}, who has the lease {self._address}", flush=True)
         deadline = time.monotonic() + _EXPIRE
         while time.monotonic() < deadline:
             time.sleep(_SETTLE)
@@ -105,7 +105,7 @@ class _Lease:
             return True
 
     def _held(self, other: dict[str, Any]) -> Held:
-        return Held(f"{_name(other)} trains this run ({self._address}); wait for it, or end it first")
+        return Held(f"{_name(other)} {self._doing} ({self._address}); wait for it, or end it first")
 
     def _read(self) -> dict[str, Any] | None:
         try:
