@@ -111,7 +111,7 @@ def test_the_sample_of_kuberays_own_cron_runs_what_the_cronjob_runs() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_pods_are_restricted_and_read_only(overlay: str) -> None:
-    """The restricted profile of Kubernetes, and more: a root that cannot be written, no account's token, images by digest."""
+    """Kubernetes' restricted profile, and more: a root that cannot be written, no account's token, images by digest."""
     for where, template in pod_templates(overlay):
         spec = template["spec"]
         assert not spec.keys() & {"hostNetwork", "hostPID", "hostIPC", "hostUsers"}, where

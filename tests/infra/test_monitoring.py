@@ -26,7 +26,10 @@ def names(node):
         return {node.name}
     if kind == "MatrixSelector":
         return names(node.vector_selector)
-    children = [node.lhs, node.rhs] if kind == "BinaryExpr" else list(node.args) if kind == "Call" else [node.expr] if hasattr(node, "expr") else []
+    if kind == "BinaryExpr":
+        children = [node.lhs, node.rhs]
+    else:
+        children = list(node.args) if kind == "Call" else [node.expr] if hasattr(node, "expr") else []
     return set().union(*map(names, children)) if children else set()
 print(json.dumps([sorted(names(p.parse(e))) for e in json.load(sys.stdin)]))
 """
