@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from darkmatter.beside import beside
 from darkmatter.console import Preempted, Stopped
 from darkmatter.store import Store
 from darkmatter.stream import Stream, steps_per_epoch
-from darkmatter.training import PretrainConfig, goodput, history, loop, memory
+from darkmatter.training import PretrainConfig, goodput, history, loop, memory, telemetry
 from darkmatter.training.run import Run
 from darkmatter.training.watchdog import watched
 
@@ -194,7 +194,7 @@ def work(job: dict[str, Any], device: torch.device) -> None:
             )
             shares = memory.Shares(config.batch_size, collectives.world_size(), config.accumulate)
             try:
-                with memory.explained(job["memory"], shares, device):
+                with memory.explained(job["memory"], shares, device), _shown(run, spec, config, stream) as show:
                     loop.fit(
                         objective,
                         stream,
@@ -205,6 +205,7 @@ def work(job: dict[str, Any], device: torch.device) -> None:
                         device=device,
                         alive=dog.alive,
                         asked_to_stop=run.asked_to_stop if rank == 0 else lambda: False,
+                        show=show,
                         session=run.session,
                         compile=run.place.compile,
                         activation_checkpointing=run.place.activation_checkpointing,
@@ -215,6 +216,19 @@ def work(job: dict[str, Any], device: torch.device) -> None:
             except Stopped as reason:  # every rank came to the same answer
                 if rank == 0:
                     run.stop(reason)
+
+
+@contextlib.contextmanager
+def _shown(
+    run: Run, spec: model.ModelSpec, config: PretrainConfig, stream: Stream[Prepared]
+) -> Iterator[Callable[[history.Row], None]]:
+    """What rank 0 writes into the history is shown to Prometheus as well."""
+    if collectives.rank() != 0:
+        yield lambda row: None
+        return
+    labels = {"run": run.address.rpartition("-")[2], "objective": spec.objective["name"]}
+    with telemetry.shown(run.address, config, steps=config.epochs * stream.steps_per_epoch, labels=labels) as show:
+        yield show
 
 
 def _load(
