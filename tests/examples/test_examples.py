@@ -321,6 +321,8 @@ def test_a_killed_embedding_job_goes_on_and_leaves_finished_parts_as_they_are(
 ) -> None:
     import tarfile
 
+    import pyarrow.parquet as pq
+
     photos, out = some(place, tmp_path / "photos", 12), tmp_path / "out"
     (photos / "broken.png").write_bytes(b"text")
     with tarfile.open(photos / "more.tar", "w") as tar:
@@ -354,7 +356,8 @@ def test_a_killed_embedding_job_goes_on_and_leaves_finished_parts_as_they_are(
     expected = {path.relative_to(photos).as_posix() for path in photos.glob("*/*.png")}
     assert len(keys) == len(set(keys))
     assert set(keys) == expected | {f"more.tar/{path.name}" for path in sorted((place / "strange").iterdir())[:4]}
-    rejects = rows_of(out / "rejects.csv")
+    assert pq.read_table(out).num_rows == 124, "the folder as a whole can be read, as the page says"
+    rejects = rows_of(out / "_rejects.csv")
     assert [row["key"] for row in rejects] == ["broken.png"]
     assert rejects[0]["reason"].startswith("not-an-image")
 
