@@ -350,7 +350,8 @@ RAY = (
     "GET /api/jobs/x/logs", "GET /api/packages/gcs/x.zip", "PUT /api/packages/gcs/x.zip", "GET /nodes?view=summary",
     "GET /api/cluster_status", "GET /api/v0/nodes", "GET /api/v0/actors", "GET /api/v0/tasks", "GET /api/v0/workers",
     "GET /api/v0/logs", "GET /api/v0/logs/file?node_id=x&filename=y", "GET /logical/actors",
-    "GET /api/serve/applications/", "PUT /api/serve/applications/", "DELETE /api/serve/applications/", "GET /api/prometheus/sd", "GET /events",
+    "GET /api/serve/applications/", "PUT /api/serve/applications/",
+    "DELETE /api/serve/applications/", "GET /api/prometheus/sd", "GET /events",
     "GET /worker/traceback?pid=1", "GET /worker/cpu_profile?pid=1", "GET /api/component_activities",
     "GET /api/train/v2/runs",
 )  # fmt: skip
