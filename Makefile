@@ -4,10 +4,11 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := .tools
 # DVC runs `python`; it must be this environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo submit show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives lock hashes sbom clean
+.PHONY: help setup tools demo submit show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives bench-serving lock hashes sbom clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -23,6 +24,13 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
+tools: $(TOOLS)/installed  ## what checks infra/, in an environment of its own: checkov, kubectl, promtool and others
+
+$(TOOLS)/installed: infra/tools.lock infra/tools.sh
+	@echo "Installing what checks infra/ into $(TOOLS) (a minute or two) ..."
+	@PYTHON=$(PYTHON) infra/tools.sh $(TOOLS)
+	@touch $@
+
 demo: setup  ## the whole pipeline on the built-in digits
 	$(BIN)/dvc repro
 	@$(BIN)/python -m darkmatter.report
@@ -34,7 +42,7 @@ submit: setup  ## the pipeline of REF as a job on a Ray cluster: REPOSITORY=url 
 show: setup  ## the results of the last run
 	@$(BIN)/python -m darkmatter.report
 
-test: setup  ## all tests, in two processes
+test: setup tools  ## all tests, in two processes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-long: setup  ## the tests that take minutes each: every kind of fault (quarter of an hour)
@@ -74,6 +82,9 @@ bench-objectives: setup  ## every objective beside the others and lightly's; CLI
 	$(BIN)/python benchmarks/objectives.py --data digits=builtin:mnist --method mae --vit
 	$(if $(CLIP_ART),$(BIN)/python benchmarks/objectives.py --data "clip art=folder:$(CLIP_ART)" --epochs 3)
 	$(BIN)/python docs/generate.py
+
+bench-serving: setup  ## the champion over HTTP beside a call in process; its programs beside the network (some minutes)
+	$(BIN)/python benchmarks/serving.py
 
 lock:  ## pin again, after a change of the dependencies (needs uv)
 	uv pip compile pyproject.toml --extra demo --extra dev --universal --python-version 3.11 \

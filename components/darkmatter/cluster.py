@@ -12,7 +12,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -221,6 +221,29 @@ def share(value: Any) -> Any:
     import ray
 
     return ray.put(value)
+
+
+def gauges(described: Mapping[str, str], labels: Mapping[str, str]) -> Callable[[Mapping[str, float]], None]:
+    """For a worker: numbers that Prometheus reads at the metrics port of its node, there called `ray_<name>`.
+
+    Args:
+        described: what each number is, by its name.
+        labels: of all of them.
+
+    Returns:
+        Sets some of them; they stay as long as this process lives.
+    """
+    from ray.util.metrics import Gauge
+
+    made = {name: Gauge(name, description=text, tag_keys=tuple(labels)) for name, text in described.items()}
+    for gauge in made.values():
+        gauge.set_default_tags(dict(labels))
+
+    def show(numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            made[name].set(value)
+
+    return show
 
 
 class WorkersFailed(RuntimeError):

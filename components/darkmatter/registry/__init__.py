@@ -4,9 +4,11 @@ gate.py       may this model be registered, may it be champion: rules, each with
 export.py     the programs of a version (torch.export, ONNX), and how far they are from the network
 card.py       the model card
 package.py    what a version consists of
+hub.py        the backbone as timm loads it
 seal.py       the sha256 of every file, and a signature by choice
 register.py   the stage: gate, package, seal, version
 aliases.py    promotion, rollback, deletion, and the history of it; `python -m darkmatter.registry`
+reproduce.py  a version, trained again from its commit
 _embedder.py  the code that a version runs
 """
 

@@ -62,6 +62,7 @@ def fit(
     device: torch.device,
     alive: Callable[[], None] = lambda: None,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    show: Callable[[Row], None] = lambda row: None,
     session: float = 0.0,
     **layout: bool,
 ) -> TrainState:
@@ -77,6 +78,7 @@ def fit(
         device: to train on.
         alive: called after every step.
         asked_to_stop: whether to save and return before the end; one rank that is asked is enough.
+        show: called on rank 0 with each row of the history.
         session: when the work on the run was taken up, seconds since 1970, for the history.
         layout: options of `parallel.lay_out`.
 
@@ -92,7 +94,7 @@ def fit(
         state.load_state_dict(saved)
     drawn = views(held_out, np.arange(len(held_out)), seed=config.seed, epoch=-1)
     first, second = (view.to(device) for view in drawn[:2])
-    recorder = _Recorder(checkpoints.address, state, config, session) if collectives.rank() == 0 else None
+    recorder = _Recorder(checkpoints.address, state, config, session, show) if collectives.rank() == 0 else None
     margin, clock = None, Clock()
 
     # Rows that wait must be written also where the loop ends with a reason: they led there.
@@ -162,8 +164,10 @@ def look(objective: Objective, first: Tensor, second: Tensor, device: torch.devi
 class _Recorder:
     """Adds to each row of the history what all have: rates, times, and what was skipped."""
 
-    def __init__(self, address: str, state: TrainState, config: PretrainConfig, session: float) -> None:
-        self._history = History(address)
+    def __init__(
+        self, address: str, state: TrainState, config: PretrainConfig, session: float, show: Callable[[Row], None]
+    ) -> None:
+        self._history, self._show = History(address), show
         self._state, self._config, self._session = state, config, session
         self._step = state.step
 
@@ -184,7 +188,9 @@ class _Recorder:
             "session": self._session,
         }
         # A step that was skipped may have a loss that is no number; no file for people or MLflow has a place for it.
-        self._history.append({name: value for name, value in whole.items() if math.isfinite(value)})
+        finite = {name: value for name, value in whole.items() if math.isfinite(value)}
+        self._history.append(finite)
+        self._show(finite)
 
     def close(self) -> None:
         self._history.flush()

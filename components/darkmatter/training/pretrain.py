@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from darkmatter.beside import beside
 from darkmatter.console import Preempted, Stopped
 from darkmatter.store import Store
 from darkmatter.stream import Stream, steps_per_epoch
-from darkmatter.training import PretrainConfig, goodput, history, loop, memory
+from darkmatter.training import PretrainConfig, goodput, history, loop, memory, telemetry
 from darkmatter.training.run import Run
 from darkmatter.training.watchdog import watched
 
@@ -125,7 +125,8 @@ def pretrain(
         if saved is None or saved["step"] != steps:
             raise RuntimeError(f"training ended without its last checkpoint in {run.address}")
         objective.load_state_dict(saved["objective"])
-        model.save(out, objective, spec, _provenance(fingerprint, manifest, config, steps, started_from))
+        made_from = {"started_from": started_from, "computed": _computed(rows, place)}
+        model.save(out, objective, spec, _provenance(fingerprint, manifest, config, steps) | made_from)
         lost = goodput.shares(history.read_all(run.address), ended=time.time())
     times = {"goodput": lost.pop("step"), "wall_seconds": lost.pop("wall_seconds"), "lost_to": lost}
     return _summary(rows, steps, config, fingerprint) | times
@@ -193,7 +194,7 @@ def work(job: dict[str, Any], device: torch.device) -> None:
             )
             shares = memory.Shares(config.batch_size, collectives.world_size(), config.accumulate)
             try:
-                with memory.explained(job["memory"], shares, device):
+                with memory.explained(job["memory"], shares, device), _shown(run, spec, config, stream) as show:
                     loop.fit(
                         objective,
                         stream,
@@ -204,6 +205,7 @@ def work(job: dict[str, Any], device: torch.device) -> None:
                         device=device,
                         alive=dog.alive,
                         asked_to_stop=run.asked_to_stop if rank == 0 else lambda: False,
+                        show=show,
                         session=run.session,
                         compile=run.place.compile,
                         activation_checkpointing=run.place.activation_checkpointing,
@@ -214,6 +216,19 @@ def work(job: dict[str, Any], device: torch.device) -> None:
             except Stopped as reason:  # every rank came to the same answer
                 if rank == 0:
                     run.stop(reason)
+
+
+@contextlib.contextmanager
+def _shown(
+    run: Run, spec: model.ModelSpec, config: PretrainConfig, stream: Stream[Prepared]
+) -> Iterator[Callable[[history.Row], None]]:
+    """What rank 0 writes into the history is shown to Prometheus as well."""
+    if collectives.rank() != 0:
+        yield lambda row: None
+        return
+    labels = {"run": run.address.rpartition("-")[2], "objective": spec.objective["name"]}
+    with telemetry.shown(run.address, config, steps=config.epochs * stream.steps_per_epoch, labels=labels) as show:
+        yield show
 
 
 def _load(
@@ -272,8 +287,9 @@ def run_fingerprint(
     plugins = [("augmentations", spec.views), ("backbones", spec.backbone), ("objectives", spec.objective)]
     code = [Path(__file__), *(package / folder / f"{section['name']}.py" for folder, section in plugins)]
     options = [plugin.choose(folder, section, where=folder)[1].model_dump() for folder, section in plugins]
+    chosen = config.model_dump(exclude={"warm_start"})  # what it names may change; its digest says what it was
     return lineage.fingerprint(
-        lineage.code_digest(code), manifest.digest, spec.images.model_dump(), options, config.model_dump(), started_from
+        lineage.code_digest(code), manifest.digest, spec.images.model_dump(), options, chosen, started_from
     )
 
 
@@ -349,15 +365,24 @@ def _summary(rows: list[dict[str, float]], steps: int, config: PretrainConfig, f
     }
 
 
-def _provenance(
-    fingerprint: str, manifest: shards.Manifest, config: PretrainConfig, steps: int, started_from: str
-) -> dict[str, Any]:
+def _provenance(fingerprint: str, manifest: shards.Manifest, config: PretrainConfig, steps: int) -> dict[str, Any]:
     return {
         "fingerprint": fingerprint,
         "training_data": manifest.digest,
         "training_samples": manifest.samples("train"),
         "seed": config.seed,
         "steps": steps,
-        "started_from": started_from,  # the digest of a model folder; empty: fresh weights
         "versions": lineage.versions(),
+    }
+
+
+def _computed(rows: list[dict[str, float]], place: cluster.PlaceConfig) -> dict[str, Any]:
+    """What decides the last bits of the weights: sums of other lengths, or by other instructions, round differently."""
+    return {
+        "workers": sorted({int(row["workers"]) for row in rows}),
+        "cpus_per_worker": place.cpus_per_worker,
+        "gpu": place.gpu,
+        "compile": place.compile,
+        "fsdp": place.fsdp,
+        "processor": torch.backends.cpu.get_cpu_capability(),
     }
