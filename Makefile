@@ -8,7 +8,7 @@ TOOLS := .tools
 # DVC runs `python`; it must be this environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup tools demo submit show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives lock clean
+.PHONY: help setup tools demo submit show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives scale lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -81,6 +81,9 @@ bench-objectives: setup  ## every objective beside the others and lightly's; CLI
 	$(BIN)/python benchmarks/objectives.py --data digits=builtin:mnist --method mae --vit
 	$(if $(CLIP_ART),$(BIN)/python benchmarks/objectives.py --data "clip art=folder:$(CLIP_ART)" --epochs 3)
 	$(BIN)/python docs/generate.py
+
+scale: setup  ## the tables and the picture of docs/scale.md
+	$(BIN)/python benchmarks/scale.py
 
 lock:  ## pin again, after a change of the dependencies (needs uv)
 	uv pip compile pyproject.toml --extra demo --extra dev --universal --python-version 3.11 \
