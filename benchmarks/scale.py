@@ -1,7 +1,7 @@
 """What a run of any size takes: `make scale` writes the tables and the picture of docs/scale.md.
 
 First the model: each number of a plan by a formula of its own. Then a simulation of what formulas leave out: machines that
-wait for the slowest, caches that are cold after a failure, failures in the middle of something. Seconds and bytes throughout.
+wait for the slowest, caches that are cold after a failure, failures in the middle of something. Seconds and bytes.
 """
 
 import dataclasses
@@ -180,7 +180,7 @@ def simulate(plan: Plan, *, interval: float | None = None, seed: int = 0, jitter
     """A run, window of shards by window of shards.
 
     While one window is trained on, each machine fetches the next; a window begins when the slowest has it. Fetches differ by
-    a log-normal factor. A failure costs the steps since the last checkpoint and a restart; the machine that comes instead has
+    a log-normal factor. A failure costs the steps since the last checkpoint and a restart; the machine that comes then has
     an empty cache, and all wait until it has the window.
 
     Args:
