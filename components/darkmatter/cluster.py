@@ -10,15 +10,17 @@ import itertools
 import logging
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import psutil
 from pydantic import Field, field_validator
 
-from darkmatter import remote
+from darkmatter import files, remote
 from darkmatter.params import Config
 
 Answer = TypeVar("Answer")
@@ -123,6 +125,10 @@ def _attached_or_started() -> Iterator[None]:
         # the mode when it is first imported.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if not attached() or _is_on_loopback(os.environ["RAY_ADDRESS"]):
+        # Else Ray takes the machine's own address for 127.0.0.1 and listens on all of them (measured with 2.60). Read at
+        # the first import as well.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     if ray.is_initialized():
@@ -132,11 +138,24 @@ def _attached_or_started() -> Iterator[None]:
         ray.init(log_to_driver=True, runtime_env={"py_modules": [str(Path(__file__).parent)]})
     else:
         # The dashboard process answers Train's cleaner; without it that warns every second (measured with 2.60).
-        ray.init(address="local", include_dashboard=True, logging_level=logging.WARNING, log_to_driver=True)
+        # Its folders are open to all users of the machine, and code lies in them: they are inside one that is not.
+        folder = files.private_folder(Path(tempfile.gettempdir()) / f"darkmatter-{os.getuid()}")
+        options: dict[str, Any] = {"include_dashboard": True, "log_to_driver": True, "_temp_dir": f"{folder}/ray"}
+        ray.init(address="local", logging_level=logging.WARNING, **options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _is_on_loopback(address: str) -> bool:
+    """Whether the cluster is one of this machine that listens on 127.0.0.1 alone, as `launch` starts it."""
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost"):
+        return False
+    lines: list[Any] = [one.laddr for one in psutil.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+    listening = {line.ip for line in lines if str(line.port) == port}
+    return bool(listening) and all(ip.endswith("127.0.0.1") for ip in listening)
 
 
 def map_tasks(

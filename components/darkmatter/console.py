@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from darkmatter.redact import Redacting, redact
+
 #: Names a file, for who runs stages through DVC, which keeps neither status nor message: {"stage", "status", "message"}.
 ENDING = "DARKMATTER_ENDING"
-
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -23,9 +24,13 @@ class Preempted(Exception):
 
 
 def run(stage: Callable[[], None]) -> None:
-    """Runs a stage. A wrong setting, wrong data, a full disk or a run that stopped itself end it with their message and
-    status 2, one that was asked to stop with 75 (EX_TEMPFAIL of sysexits.h: try again), all else with a traceback."""
+    """Runs a stage. What it prints shows no password of an address, nor does a traceback.
+
+    A wrong setting, wrong data, a full disk or a run that stopped itself end it with their message and status 2, one that
+    was asked to stop with 75 (EX_TEMPFAIL of sysexits.h: try again), all else with a traceback.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a job lets DVC ignore it, and what DVC starts inherits that
+    sys.stdout, sys.stderr = Redacting(sys.stdout), Redacting(sys.stderr)  # type: ignore[assignment]
     try:
         stage()
     except Preempted as error:
@@ -47,5 +52,5 @@ def _end(message: str, *, status: int = 2) -> None:
 
 def _note(message: str, status: int) -> None:
     if path := os.environ.get(ENDING):
-        ending = {"stage": os.environ.get("DVC_STAGE", ""), "status": status, "message": message}
+        ending = {"stage": os.environ.get("DVC_STAGE", ""), "status": status, "message": redact(message)}
         Path(path).write_text(json.dumps(ending))

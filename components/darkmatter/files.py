@@ -1,9 +1,11 @@
 """Files that are there whole or not at all."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +70,21 @@ def remove_folder(path: str | Path) -> None:
     if path.exists():
         os.replace(path, leaving)
         shutil.rmtree(leaving)
+
+
+def private_folder(path: str | Path) -> Path:
+    """A folder that nobody else on this machine can look into, made if it is not there.
+
+    Raises:
+        ValueError: it is somebody else's, or open to others: they may have prepared it.
+    """
+    path = Path(path)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700, parents=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ValueError(f"{path} is not a folder of yours alone; remove it, or set TMPDIR to another place")
+    return path
 
 
 def sha256(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""A source -> labelled shards of original bytes, with every file accounted for.
+"""A source -> labelled shards of pictures as they were encoded, less their metadata, with every file accounted for.
 
 What is known of each file is kept, so that only new ones are looked at: each is read, checked and hashed in parallel
 tasks. Then, in one place, duplicates are dropped and splits assigned; the outcome depends on the content and not on the
@@ -19,7 +19,7 @@ from typing import Any, get_args
 import numpy as np
 from pydantic import Field
 
-from darkmatter import cluster, files, images, lineage, plugin, shards
+from darkmatter import cluster, files, images, lineage, metadata, plugin, shards
 from darkmatter.guard import Guard, Limits
 from darkmatter.ledger import Ledger, key_of, near_duplicates
 from darkmatter.params import Config
@@ -301,8 +301,9 @@ def _write(
         elif hashlib.sha256(content).hexdigest() != one.sha256:
             failures.append((one.item.name, "changed", "the file changed while it was ingested"))
         else:
+            picture, extension = metadata.strip(content)
             key = key_of(one.sha256)
-            samples.append(shards.Sample(key=key, content=content, extension=one.extension, label=one.label))
+            samples.append(shards.Sample(key=key, content=picture, extension=extension, label=one.label))
     return shards.write_shard(path, samples, split=split) if samples else None, failures
 
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any, Literal
 import yaml
 
 from darkmatter import cluster, console, lease, params, remote
+from darkmatter.redact import redact
 
 WEBHOOK = "DARKMATTER_WEBHOOK"
 
@@ -86,13 +86,13 @@ def run(repository: str, ref: str, *, branch: str, wait: float = 0.0) -> Outcome
     with tempfile.TemporaryDirectory(prefix="darkmatter-job-", ignore_cleanup_errors=True) as scratch:
         job = _Job(Path(scratch), repository, branch)
         commit = job.clone(ref)
-        print(f"job: commit {commit} of {_shown(repository)}, branch {branch}", flush=True)
+        print(f"job: commit {commit} of {redact(repository)}, branch {branch}", flush=True)
         place = job.place()
         try:
             with _lease(f"{place.storage}/jobs/{branch.replace('/', '-')}", wait):
                 outcome = job.run(place)
         except lease.Held as error:
-            outcome = Outcome(kind="busy", reason=str(error), repository=_shown(repository))
+            outcome = Outcome(kind="busy", reason=str(error), repository=redact(repository))
     return dataclasses.replace(outcome, commit=commit, branch=branch, seconds=round(time.monotonic() - started, 1))
 
 
@@ -125,6 +125,12 @@ class _Job:
             "GIT_TERMINAL_PROMPT": "0",
         }
         self.asked_to_stop = False
+        self.shared = False
+        """Whether there is a DVC remote."""
+        self.tip = ""
+        """Of the branch."""
+        self.told: dict[str, Any] = {}
+        """What the branch knows to be done."""
 
     def clone(self, ref: str) -> str:
         """Returns the commit."""
@@ -133,7 +139,7 @@ class _Job:
             if self._git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}", may_fail=True):
                 self._git("checkout", "--quiet", "--detach", name)
                 return self._git("rev-parse", "HEAD")
-        raise ValueError(f"{_shown(self.repository)} has no branch, tag or commit {ref!r}")
+        raise ValueError(f"{redact(self.repository)} has no branch, tag or commit {ref!r}")
 
     def place(self) -> cluster.PlaceConfig:
         """The section `place` of the clone, as DARKMATTER_PLACE changes it; its file may be one of the clone."""
@@ -152,43 +158,39 @@ class _Job:
 
     def run(self, place: cluster.PlaceConfig) -> Outcome:
         """With the lease."""
-        tip = self._take_from_branch()
+        self._take_from_branch()
         if place.dvc:
             self._dvc("remote", "add", "--local", "--force", "--default", "store", place.dvc)
-        shared = bool(self._dvc("remote", "list"))
-        if not shared:
+        self.shared = bool(self._dvc("remote", "list"))
+        if not self.shared:
             print("job: there is no DVC remote, so that the next job will find no data of this one", flush=True)
-        before = self._lock()
-        try:
-            with self._forwarding_sigterm():
-                status = self._reproduce(pull=shared)
-        finally:
-            if shared and (self.folder / "dvc.lock").exists():
-                self._say("dvc", "push", "--quiet", "--run-cache")
-        outcome = self._outcome(status, before)
-        if self._lock() != before:
-            self._return_to_branch(tip, outcome)
+        before = self.told = self._lock()
+        with self._forwarding_sigterm():
+            outcome = self._outcome(self._reproduce(), before)
+            if not self._keep(outcome.kind, outcome.reason):
+                reason = f"DVC's remote did not take what was made, so the branch is not told of it ({outcome})"
+                return dataclasses.replace(outcome, kind="failed", reason=reason)
         return outcome
 
-    def _take_from_branch(self) -> str | None:
+    def _take_from_branch(self) -> None:
         """dvc.lock and metrics of the branch, or none: those of the commit speak of another store and another registry."""
         for name in _RETURNED:
             path = self.folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        tip = self._git("rev-parse", "--verify", "--quiet", f"origin/{self.branch}^{{commit}}", may_fail=True)
-        if tip:
-            there = self._git("ls-tree", "--name-only", tip, "--", *_RETURNED).split()
-            self._git("checkout", "--quiet", tip, "--", *there)
-        return tip or None
+        self.tip = self._git("rev-parse", "--verify", "--quiet", f"origin/{self.branch}^{{commit}}", may_fail=True)
+        if self.tip:
+            there = self._git("ls-tree", "--name-only", self.tip, "--", *_RETURNED).split()
+            self._git("checkout", "--quiet", self.tip, "--", *there)
 
-    def _reproduce(self, *, pull: bool) -> int:
-        options = ["--pull", "--allow-missing"] if pull else []
+    def _reproduce(self) -> int:
+        options = ["--pull", "--allow-missing"] if self.shared else []
         status = self._say("dvc", "repro", *options, "discover")
-        if status or self.asked_to_stop:
-            return status
-        if pull and (growing := self._growing()):
+        if not status and self.shared and (growing := self._growing()):
             self._say("dvc", "pull", "--quiet", *growing)
-        return status if self.asked_to_stop else self._say("dvc", "repro", *options)
+        if not status and not self.asked_to_stop:  # whoever is killed after it need not ingest again
+            status = self._say("dvc", "repro", *options, *_GROWING)
+            self._keep("data", "ingested, not trained on yet")
+        return status if status or self.asked_to_stop else self._say("dvc", "repro", *options)
 
     def _growing(self) -> list[str]:
         """Outputs that a stage will add to, if the branch knows them: DVC fetches what is read, not what is changed."""
@@ -197,7 +199,7 @@ class _Job:
         return [out for stage, out in list(_GROWING.items())[first:] if stage in self._lock()]
 
     def _outcome(self, status: int, before: Mapping[str, Any]) -> Outcome:
-        common: dict[str, Any] = {"repository": _shown(self.repository), "ingested": self._metrics("ingest")}
+        common: dict[str, Any] = {"repository": redact(self.repository), "ingested": self._metrics("ingest")}
         if status:
             ended = json.loads(self.ending.read_text()) if self.ending.exists() else {}
             if self.asked_to_stop or ended.get("status") == _PREEMPTED:
@@ -220,18 +222,24 @@ class _Job:
             return Outcome(kind="champion", reason=f"version {decision['version']} is the champion", **common)
         return Outcome(kind="candidate", reason=f"version {decision['version']} is registered. {why}", **common)
 
-    def _return_to_branch(self, tip: str | None, outcome: Outcome) -> None:
-        """A commit of the code that ran with what it made, on top of the branch."""
+    def _keep(self, kind: str, reason: str) -> bool:
+        """What was made goes to DVC's remote, and then a commit to the branch: the code that ran, dvc.lock and metrics."""
+        if self._lock() == self.told:
+            return True
+        if self.shared and self._say("dvc", "push", "--quiet", "--run-cache"):
+            return False
         there = [name for name in _RETURNED if (self.folder / name).exists()]
         self._git("add", "--force", "--", *there)
         tree = self._git("write-tree")
         head = self._git("rev-parse", "HEAD")
-        parents = [head] if tip is None else [tip] if self._is_ancestor(head, tip) else [tip, head]
-        options = [part for parent in parents for part in ("-p", parent)]
+        parents = [self.tip] if self.tip and self._is_ancestor(head, self.tip) else [self.tip, head]
+        options = [part for parent in parents if parent for part in ("-p", parent)]
         author = ["-c", "user.name=darkmatter", "-c", "user.email=darkmatter@localhost"]
-        message = f"Run of {head[:12]}: {outcome.kind}\n\n{outcome.reason}\n"
-        commit = self._git(*author, "commit-tree", tree, *options, "-m", message)
-        self._git("push", "--quiet", "origin", f"{commit}:refs/heads/{self.branch}")
+        message = f"Run of {head[:12]}: {kind}\n\n{reason}\n"
+        self.tip = self._git(*author, "commit-tree", tree, *options, "-m", message)
+        self._git("push", "--quiet", "origin", f"{self.tip}:refs/heads/{self.branch}")
+        self.told = self._lock()
+        return True
 
     def _is_ancestor(self, commit: str, of: str) -> bool:
         return self._git("merge-base", commit, of, may_fail=True) == commit
@@ -287,8 +295,8 @@ class _Job:
         done = subprocess.run(command, cwd=where, env=self.environment, capture_output=True, text=True, check=False)
         if done.returncode and not may_fail:
             told = (done.stderr or done.stdout).strip().splitlines()
-            shown = " ".join(_shown(part) for part in command[:3])
-            raise ValueError(f"{shown} ...: {_shown(told[-1]) if told else f'status {done.returncode}'}")
+            shown = " ".join(redact(part) for part in command[:3])
+            raise ValueError(f"{shown} ...: {redact(told[-1]) if told else f'status {done.returncode}'}")
         return done.stdout.strip() if done.returncode == 0 else ""
 
 
@@ -296,11 +304,6 @@ def _runs(changes: Sequence[Any]) -> bool:
     """Whether DVC would run a stage: what `dvc status` tells of it, but for files that are only not here."""
     there = (what for one in changes for what in (one.values() if isinstance(one, dict) else [one]))
     return any(not isinstance(what, dict) or set(what.values()) != {"deleted"} for what in there)
-
-
-def _shown(text: str) -> str:
-    """Without the password that an address may hold."""
-    return re.sub(r"://[^/@\s]*@", "://***@", text)
 
 
 def notify(outcome: Outcome) -> None:
@@ -334,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         outcome = run(chosen.repository, chosen.ref, branch=chosen.branch, wait=60 * chosen.wait)
     except (ValueError, console.Stopped) as error:
-        outcome = Outcome(kind="failed", reason=str(error), repository=_shown(chosen.repository))
+        outcome = Outcome(kind="failed", reason=redact(str(error)), repository=redact(chosen.repository))
     notify(outcome)
     print(f"\njob: {outcome} ({outcome.seconds:.0f} s)", flush=True)
     sys.exit(STATUS[outcome.kind])

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import platform
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -86,5 +87,6 @@ def git_commit() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of the libraries that decide numbers."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "timm", "ray", "numpy", "pillow")}
+    """The versions of the libraries that decide numbers, and Python's."""
+    names = ("torch", "timm", "ray", "numpy", "pillow", "simplejpeg", "opencv-python-headless")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}

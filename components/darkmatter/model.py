@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -76,17 +77,28 @@ def load(folder: Path) -> tuple[Objective, ModelSpec, dict[str, Any]]:
     Raises:
         ValueError: another format, or weights that do not fit the config.
     """
-    tree = json.loads((folder / "config.json").read_text())
+    tree = _tree(folder / "config.json")
     if tree["format"] != _FORMAT:
         raise ValueError(f"{folder}/config.json has format {tree['format']}; this version reads {_FORMAT}")
     spec = ModelSpec(**{name: tree[name] for name in ModelSpec.model_fields})
     objective = build(spec, seed=0)
-    backbone = {_PREFIX + name: value for name, value in load_file(folder / "backbone.safetensors").items()}
     try:
+        backbone = {_PREFIX + name: value for name, value in load_file(folder / "backbone.safetensors").items()}
         objective.load_state_dict(backbone | load_file(folder / "objective.safetensors"))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"the weights in {folder} do not fit its config.json: {error}") from error
     return objective.eval(), spec, tree["provenance"]
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text())
+        missing = {"format", "provenance", *ModelSpec.model_fields} - set(tree)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no description of a model: {error}") from error
+    if missing:
+        raise ValueError(f"{path} is no description of a model: it lacks {', '.join(sorted(missing))}")
+    return dict(tree)
 
 
 def take_over(objective: Objective, spec: ModelSpec, folder: Path) -> list[str]:

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
+from darkmatter.redact import redact
+
 #: Every top-level section of params.yaml, in the order of the pipeline.
 SECTIONS = ("source", "ingest", "augment", "objective", "backbone", "pretrain", "evaluate", "register", "place")
 
@@ -39,7 +41,8 @@ def read(path: str | Path = "params.yaml") -> dict[str, dict[str, Any]]:
     """Reads the file and checks the names of its sections. The section `place` as DARKMATTER_PLACE has it.
 
     Raises:
-        ParamsError: no such file, not YAML, an unknown section, a missing section, or a section that is no mapping.
+        ParamsError: no such file, not YAML, an unknown section, a missing section, a section that is no mapping, or a
+            password in an address.
     """
     tree = _yaml(Path(path), "run from the folder that holds it")
     if not isinstance(tree, dict):
@@ -50,9 +53,26 @@ def read(path: str | Path = "params.yaml") -> dict[str, dict[str, Any]]:
     for name in SECTIONS:
         if not isinstance(tree.get(name), dict):
             raise ParamsError(f"{path}: section {name!r} is missing or is not a mapping")
+    _refuse_secrets(tree, str(path), "")
     if other := os.environ.get(PLACE):
         tree["place"] |= _place(Path(other), tuple(tree["place"]))
     return tree
+
+
+def _refuse_secrets(value: Any, file: str, place: str) -> None:
+    """The file goes into Git, dvc.lock, MLflow and every version: nothing that it holds stays secret."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_secrets(inner, file, f"{place}.{key}".removeprefix("."))
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_secrets(inner, file, place)
+    elif isinstance(value, str) and redact(value) != value:
+        raise ParamsError(
+            f"{file}: {place} holds a password or key ({redact(value)}), and the file is committed and logged. Leave it out "
+            "of the address: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.netrc for https, MLFLOW_TRACKING_URI or "
+            "MLFLOW_TRACKING_PASSWORD"
+        )
 
 
 def _place(path: Path, known: tuple[str, ...]) -> dict[str, Any]:

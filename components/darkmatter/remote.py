@@ -16,6 +16,7 @@ import tenacity
 
 from darkmatter import files
 from darkmatter.console import Stopped
+from darkmatter.redact import redact
 
 Answer = TypeVar("Answer")
 
@@ -30,6 +31,7 @@ class Unreadable(Stopped, OSError):
     """
 
     def __init__(self, reason: str, detail: str) -> None:
+        detail = redact(detail)  # it is written into rejects.jsonl, and sent between processes
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
@@ -52,6 +54,15 @@ class Entry:
 
 def is_remote(address: str) -> bool:
     return "://" in address
+
+
+def is_here(address: str) -> bool:
+    """Whether it names a file of this machine, in whatever way."""
+    return not is_remote(address) or address.partition("://")[0].lower().rpartition("::")[2] in (
+        "file",
+        "local",
+        "memory",
+    )
 
 
 def join(base: str, path: str) -> str:
@@ -178,7 +189,7 @@ def version(address: str) -> str:
         return _version_of(_retried(lambda: filesystem.info(path), address))
     try:
         return _version_of_stat(os.stat(address))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # as in _read_local
         raise _named(error, address) from error
 
 
@@ -313,16 +324,26 @@ def _opened(protocol: str, process: int) -> Any:
         options = {"config_kwargs": config, "default_fill_cache": False, "use_listings_cache": False}
     elif protocol in ("http", "https"):
         options = {
-            "client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=TIMEOUT, sock_read=TIMEOUT)},
+            "client_kwargs": {
+                "timeout": aiohttp.ClientTimeout(sock_connect=TIMEOUT, sock_read=TIMEOUT),
+                "trust_env": True,  # ~/.netrc, so that no address has to hold a password
+            },
             "use_listings_cache": False,
         }
     return fsspec.filesystem(protocol, skip_instance_cache=True, **options)
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """fsspec's file system of a remote address, and the path there."""
+    """fsspec's file system of a remote address, and the path there.
+
+    Raises:
+        Unreadable: `unknown-address`: there is no such kind, or its package is not installed.
+    """
     protocol = address.partition("://")[0]
-    filesystem = _opened(protocol, os.getpid())
+    try:
+        filesystem = _opened(protocol, os.getpid())
+    except (ValueError, ImportError) as error:
+        raise Unreadable("unknown-address", f"{address}: {error}") from error
     return filesystem, filesystem._strip_protocol(address)
 
 

@@ -92,11 +92,14 @@ class Page:
 
     def usage(self) -> dict[str, str]:
         """Commands that go on from here."""
-        name, place = self.params["register"]["model"], self.params["place"]
+        name, place, version = self.params["register"]["model"], self.params["place"], self.decision["version"]
+        again = f"git checkout {self.commit['commit'] or 'COMMIT'}\ndvc repro"
+        if version is not None and version.isdigit():  # the page inside a version does not know its number yet
+            again = f"python -m darkmatter.registry reproduce {version}"
         return {
             "look": f".venv/bin/mlflow ui --backend-store-uri {place['mlflow']}",
             "load": f'mlflow.pyfunc.load_model("models:/{name}@champion")',
-            "reproduce": f"git checkout {self.commit['commit'] or 'COMMIT'}\ndvc repro",
+            "reproduce": again,
         }
 
     def text(self) -> str:

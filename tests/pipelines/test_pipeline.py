@@ -1,5 +1,7 @@
 """The whole pipeline in a repository of its own: real DVC, Git, Ray and MLflow, the digits, a short training."""
 
+import copy
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from darkmatter import files, model
+from darkmatter.registry import register, reproduce
 from darkmatter.training.history import read as read_history
 
 ROOT = Path(__file__).parent.parent.parent
@@ -62,7 +66,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     made = Repository(folder)
     made.change(
         backbone={"small_conv": {"width": 8}},
-        pretrain={"epochs": 4, "warmup_epochs": 1, "log_every": 1, "save_every": 10, "health_every": 62},
+        pretrain={"epochs": 6, "warmup_epochs": 1, "log_every": 1, "save_every": 10, "health_every": 62},
         evaluate={"few_shot": {"ways": [5], "shots": [5], "episodes": 100, "queries": 15}},
         register={"min_energy_margin": 0.8},
     )
@@ -134,7 +138,9 @@ def test_the_run_left_what_it_promises(repository: Repository) -> None:
         "data/shards/rejects.jsonl",
     ):
         assert (repository.folder / name).is_file()
-    assert b"data:image/png;base64," in (repository.folder / "report.html").read_bytes()
+    page = (repository.folder / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "python -m darkmatter.registry reproduce 1" in page
 
 
 def test_the_git_tree_is_clean_but_for_lock_and_metrics(repository: Repository) -> None:
@@ -189,3 +195,103 @@ def test_the_registry_is_looked_at_by_its_command_line(repository: Repository) -
     assert "version 1 is what was registered" in repository.run(*command, "verify", "1")
     assert "there is no champion yet" in repository.run(*command, "history")
     assert "is the champion; promote another one first" in repository.run(*command, "delete", "1", fails=True)
+
+
+@dataclasses.dataclass
+class Rebuilt:
+    """Version 1, trained again while the repository is at another commit."""
+
+    folder: Path
+    output: str
+    changed: set[str]
+    """Files of the repository that are not what they were before."""
+
+
+@pytest.fixture(scope="module")
+def rebuilt(repository: Repository) -> Rebuilt:
+    def state() -> set[tuple[str, int, int]]:
+        paths = [path for path in repository.folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        return {(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+    folder, before = repository.folder.parent / "rebuilt", state()
+    output = repository.run(sys.executable, "-m", "darkmatter.registry", "reproduce", "1", "--folder", str(folder))
+    return Rebuilt(folder, output, {path for path, *_ in before ^ state()})
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    return {path.name: files.sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_a_version_is_trained_again_from_its_commit_to_the_same_weights(rebuilt: Rebuilt) -> None:
+    folder, output = rebuilt.folder, rebuilt.output
+    assert "version 1 is reproduced, bit for bit" in output
+    assert "from commit" in output
+    assert re.search(r"takes as long as the training did \(\d+ s then\)", output)
+    assert re.findall(r"Running stage '(\w+)'", output) == [
+        *("check", "discover", "ingest", "augment"), *("discover", "pretrain")
+    ]  # fmt: skip
+    assert "going on from step" not in output
+    (run,) = (folder / "repository" / "checkpoints").glob("pretrain-*")
+    steps = [row["step"] for row in read_history(str(run))]
+    assert steps == list(range(1, int(steps[-1]) + 1))
+    inside = folder / "version" / "artifacts" / "version"
+    assert _weights(folder / "repository" / "models" / "backbone") == _weights(inside / "model") != {}
+
+
+def test_to_train_a_version_again_touches_nothing_of_the_user(rebuilt: Rebuilt) -> None:
+    assert rebuilt.changed == set()
+
+
+def test_weights_of_another_seed_are_not_reproduced(rebuilt: Rebuilt, tmp_path: Path) -> None:
+    """A version that says seed 0, with weights that another seed gives."""
+    project = rebuilt.folder / "repository"
+    origin = reproduce.Origin.read(rebuilt.folder / "version")
+    assert list(reproduce.differences(origin, project)) == []
+    _, spec, provenance = model.load(origin.inside / "model")
+    model.save(tmp_path / "model", model.build(spec, seed=1), spec, provenance)
+    forged = {**origin.lineage, "weights_sha256": register.weights_digest(tmp_path / "model")}
+    (told, other, last) = reproduce.differences(dataclasses.replace(origin, inside=tmp_path, lineage=forged), project)
+    assert "num_batches_tracked" not in told
+    assert re.match(r"weights: \d+ of \d+ tensors in backbone.safetensors differ, most network.* by \d", told)
+    assert "objective.safetensors" in other
+    assert "code, params and data are equal" in last
+    assert "not of seed 0 and commit" in last
+
+
+def test_what_else_differs_is_named(rebuilt: Rebuilt, tmp_path: Path) -> None:
+    project = rebuilt.folder / "repository"
+    origin = reproduce.Origin.read(rebuilt.folder / "version")
+    assert reproduce.other_data(origin, project) == ""
+    message = reproduce.other_data(
+        dataclasses.replace(origin, lineage={**origin.lineage, "training_data": "d" * 64}), project
+    )
+    assert "training data are others: dddddddddddd" in message
+    assert "builtin:mnist has changed since" in message
+    # The training set that the version was trained on is taken from a folder; another one is not.
+    made = dataclasses.replace(origin, lineage={**origin.lineage, "training_data": "d" * 64})
+    assert not reproduce.take_data(made, project, project / "data" / "train")
+    assert not reproduce.take_data(origin, project, tmp_path / "nothing")
+    (tmp_path / "clone" / "data" / "train").mkdir(parents=True)
+    assert reproduce.take_data(origin, tmp_path / "clone", project / "data" / "train")
+    assert reproduce.other_data(origin, tmp_path / "clone") == ""
+    lock = copy.deepcopy(dict(origin.lock))
+    (changed,) = (dep for dep in lock["pretrain"]["deps"] if dep["path"] == "components/darkmatter/health.py")
+    changed["md5"] = "0" * 32
+    lock["pretrain"]["params"]["params.yaml"]["pretrain"]["seed"] = 1
+    forged = {**origin.lineage, "weights_sha256": "0" * 64, "fingerprint": "f" * 16}
+    found = list(reproduce.differences(dataclasses.replace(origin, lock=lock, lineage=forged), project))
+    assert "when it was trained: components/darkmatter/health.py" in found[0]
+    assert found[1].endswith("trained with: pretrain")
+    assert found[2].startswith("run: ffffffffffffffff then")
+
+
+def test_a_commit_that_is_not_here_is_said_before_anything_is_done(repository: Repository, tmp_path: Path) -> None:
+    other = Repository(tmp_path)
+    shutil.copy2(repository.folder / "params.yaml", tmp_path)
+    other.change(place={"mlflow": f"sqlite:///{repository.folder}/mlflow.db"})
+    other.run("git", "init", "-q")
+    command = [sys.executable, "-m", "darkmatter.registry", "reproduce", "1", "--folder", "rebuilt"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "is not in this repository; fetch it (git fetch origin " in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,6 +1,8 @@
 """The programs of a version are the network, for any batch and every family of backbones."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ import torch
 import trained
 from torch import Tensor, nn
 
-from darkmatter import model
+from darkmatter import model, plugin
 from darkmatter.objectives import Objective
-from darkmatter.registry import card, export, package
+from darkmatter.registry import card, export, hub
 
 BACKBONES = [
     {"name": "small_conv", "small_conv": {"width": 4}},
@@ -122,7 +124,7 @@ def test_timm_loads_the_hub_folder_of_one_of_its_own(name: str, tmp_path: Path) 
 
     spec = spec_of(tmp_path / "m", {"name": "timm", "timm": {"model": name}})
     backbone = model.build(spec, seed=3).backbone.eval()
-    package._write_hub(tmp_path / "hub", backbone, spec, "the card")
+    hub.write(tmp_path / "hub", backbone, spec, "the card")
     config = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert config["pretrained_cfg"]["mean"] == [0.13]
     again = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
@@ -134,3 +136,41 @@ def test_timm_loads_the_hub_folder_of_one_of_its_own(name: str, tmp_path: Path) 
         "config.json",
         "model.safetensors",
     ]
+
+
+_WITHOUT_DARKMATTER = """
+import sys
+sys.modules["darkmatter"] = None  # importing it fails
+sys.path.append(sys.argv[1])
+import network, timm, torch
+given = torch.load(sys.argv[2])
+features = timm.create_model(f"local-dir:{sys.argv[1]}", pretrained=True).eval()
+classes = timm.create_model(f"local-dir:{sys.argv[1]}", pretrained=True, num_classes=7).eval()
+fresh = timm.create_model(f"local-dir:{sys.argv[1]}", pretrained=False)
+with torch.no_grad():
+    torch.testing.assert_close(features(given["images"]), given["features"])
+    maps = classes.forward_features(given["images"])
+    torch.testing.assert_close(classes.forward_head(maps, pre_logits=True), given["features"])
+    assert classes(given["images"]).shape == (2, 7)
+    assert not torch.allclose(fresh.eval()(given["images"]), given["features"])
+"""
+
+
+def other_backbones() -> list[str]:
+    return [name for name in plugin.names("backbones") if name != "timm"]
+
+
+@pytest.mark.parametrize("name", other_backbones())
+def test_timm_loads_the_hub_folder_of_every_other_backbone_by_the_code_in_it(name: str, tmp_path: Path) -> None:
+    spec = spec_of(tmp_path / "m", {"name": name})
+    backbone = model.build(spec, seed=3).backbone.eval()
+    hub.write(tmp_path / "hub", backbone, spec, "the card")
+    images = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        given = {"images": backbone.normalise(images), "features": backbone(images)}
+    torch.save(given, tmp_path / "given.pt")
+    run = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_DARKMATTER, str(tmp_path / "hub"), str(tmp_path / "given.pt")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import trained
 from safetensors.torch import load_file, save_file
 
+import fresh
 from darkmatter import model, registry
 from darkmatter.registry import RegisterConfig, aliases, export, package, seal
 from darkmatter.registry.register import register as stage
@@ -197,46 +199,15 @@ def loaded(made: Path) -> Any:
     return mlflow.pyfunc.load_model(str(folder))
 
 
-_FRESH = """
-import importlib.metadata as metadata, re, sys
-from packaging.requirements import Requirement
-
-def name_of(text):
-    return re.sub(r"[-_.]+", "-", text).lower()
-
-allowed, seen, pending = set(), set(), [(Requirement(line.strip()), "") for line in open({requirements!r})]
-while pending:
-    one, extra = pending.pop()
-    for wanted in ("", *one.extras) if one.marker is None or one.marker.evaluate({{"extra": extra}}) else ():
-        if (name_of(one.name), wanted) not in seen:
-            seen.add((name_of(one.name), wanted))
-            allowed.add(name_of(one.name))
-            pending += [(Requirement(text), wanted) for text in metadata.requires(one.name) or []]
-owners = metadata.packages_distributions()
-
-class Fresh:
-    # A finder that does not know what an environment of the requirements alone would not have.
-    def __init__(self, finder):
-        self.finder = finder
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-    def find_spec(self, name, path=None, target=None):
-        top = name.partition(".")[0]
-        absent = top == "darkmatter" or (top in owners and not any(name_of(one) in allowed for one in owners[top]))
-        return None if absent else self.finder.find_spec(name, path, target)
-
-sys.meta_path[:] = [Fresh(finder) for finder in sys.meta_path]
-import mlflow, pandas
-mlflow.set_tracking_uri({store!r})
+_STRANGER = """
+import mlflow, pandas, sys
+store, image = sys.argv[1:]
+mlflow.set_tracking_uri(store)
 model = mlflow.pyfunc.load_model("models:/test-backbone@champion")
-image = open({image!r}, "rb").read()
-print(model.predict(pandas.DataFrame({{"image": [image]}})).shape)
-print(model.predict(pandas.DataFrame({{"image": [image], "other": [image]}}), params={{"output": "energy"}}).shape)
-loaded = {{name.partition(".")[0] for name in sys.modules}}
-assert not loaded & {{"darkmatter", "ray", "dvc", "timm"}}, loaded
-print(len(allowed), "distributions")
+image = open(image, "rb").read()
+print(model.predict(pandas.DataFrame({"image": [image]})).shape)
+print(model.predict(pandas.DataFrame({"image": [image], "other": [image]}), params={"output": "energy"}).shape)
+assert not {name.partition(".")[0] for name in sys.modules} & {"darkmatter", "ray", "dvc", "timm"}
 """
 
 
@@ -246,16 +217,64 @@ def test_a_version_loads_with_its_own_requirements_alone_and_without_pickle(ther
     (requirements,) = there.glob("mlruns/**/requirements.txt")
     names = {line.partition("==")[0] for line in requirements.read_text().splitlines()}
     assert names == {"mlflow", "torch", "numpy", "pandas", "pillow", "jaxtyping", "simplejpeg"}
-    script = _FRESH.format(
-        requirements=str(requirements), store=f"sqlite:///{there}/mlflow.db", image=str(tmp_path / "a.png")
-    )
+    (tmp_path / "stranger.py").write_text(_STRANGER)
+    runner, store, image = Path(fresh.__file__), f"sqlite:///{there}/mlflow.db", tmp_path / "a.png"
     run = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, runner, requirements, tmp_path / "stranger.py", store, image],
         capture_output=True, text=True, cwd=tmp_path,
         env={"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[:2] == ["(1, 32)", "(1,)"]
+
+
+_ELSEWHERE = """
+import importlib.metadata, json, sys
+import mlflow, numpy, pandas
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/test-backbone@champion")
+images = [open(name, "rb").read() for name in sys.argv[3:]]
+table = pandas.DataFrame({"image": images, "other": images[::-1]})
+numpy.savez(
+    sys.argv[2],
+    embedding=model.predict(table[["image"]]),
+    patch_mean=model.predict(table[["image"]], params={"pooling": "patch_mean"}),
+    energy=model.predict(table, params={"output": "energy"}),
+)
+print(json.dumps(sorted(one.metadata["Name"].lower() for one in importlib.metadata.distributions())))
+"""
+
+
+@pytest.mark.long
+def test_a_version_gives_the_same_numbers_in_a_fresh_environment_of_its_requirements(
+    there: Path, tmp_path: Path, loaded: Any
+) -> None:
+    """What pip installs by the version's requirements.txt and nothing else; several GB."""
+    contents = trained.pictures(6)
+    for number, content in enumerate(contents):
+        (tmp_path / str(number)).write_bytes(content)
+    (requirements,) = there.glob("mlruns/**/requirements.txt")
+    with tempfile.TemporaryDirectory() as place:  # pytest would keep it
+        python = Path(place) / "bin" / "python"
+        subprocess.run([sys.executable, "-m", "venv", place], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--requirement", requirements], check=True)
+        run = subprocess.run(
+            [python, "-c", _ELSEWHERE, f"sqlite:///{there}/mlflow.db", "found.npz", *map(str, range(len(contents)))],
+            capture_output=True, text=True, cwd=tmp_path,
+            env={"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "PATH": "/usr/bin:/bin"},
+        )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    installed = set(json.loads(run.stdout.splitlines()[-1]))
+    assert {"torch", "mlflow"} <= installed
+    assert not installed & {"darkmatter-ssl", "ray", "dvc", "timm", "torchvision", "onnxruntime", "scikit-image"}
+    found = np.load(tmp_path / "found.npz")
+    pairs = pandas.DataFrame({"image": contents, "other": contents[::-1]})
+    for name, wanted in {
+        "embedding": loaded.predict(pairs[["image"]]),
+        "patch_mean": loaded.predict(pairs[["image"]], params={"pooling": "patch_mean"}),
+        "energy": loaded.predict(pairs, params={"output": "energy"}),
+    }.items():
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_a_version_holds_what_it_promises_and_no_pickle(there: Path, tmp_path: Path) -> None:
@@ -265,7 +284,7 @@ def test_a_version_holds_what_it_promises_and_no_pickle(there: Path, tmp_path: P
     assert found == {
         "MODEL_CARD.md", "images.py", "programs.json", "embedding.pt2", "embedding.onnx", "energy.pt2",
         "model/config.json", "model/backbone.safetensors", "model/objective.safetensors",
-        "hub/config.json", "hub/model.safetensors", "hub/README.md",
+        "hub/config.json", "hub/model.safetensors", "hub/network.py", "hub/README.md",
         "records/lineage.json", "records/params.yaml", "records/dvc.lock", "records/requirements.lock",
         "records/note.txt", "records/ingest.json", "records/report.html",
     }  # fmt: skip
@@ -315,7 +334,9 @@ def test_addresses_of_the_place_which_may_hold_a_password_are_kept_nowhere(there
 def test_the_hub_folder_is_the_network(there: Path) -> None:
     (folder,) = (path.parent for path in there.glob("mlruns/**/hub/config.json"))
     config = json.loads((folder / "config.json").read_text())
-    assert (config["architecture"], config["num_features"], config["model_args"]) == ("small_conv", 32, {"width": 4})
+    assert (config["architecture"], config["num_features"], config["model_args"]) == (
+        "small_conv", 32, {"in_chans": 1, "img_size": 28, "width": 4},
+    )  # fmt: skip
     objective, _, _ = model.load(there / "model")
     weights = load_file(folder / "model.safetensors")
     assert {name: tuple(value.shape) for name, value in weights.items()} == {

@@ -54,7 +54,14 @@ def spec(train: Path, objective: str) -> model.ModelSpec:
 
 
 def run(
-    train: Path, folder: Path, objective: str, *, config: PretrainConfig = CONFIG, threads: int = 1, **hooks: Any
+    train: Path,
+    folder: Path,
+    objective: str,
+    *,
+    config: PretrainConfig = CONFIG,
+    threads: int = 1,
+    keep: int = 2,
+    **hooks: Any,
 ) -> loop.TrainState:
     """`hooks` go to `loop.fit`, but for `prepare`, which is called with the fresh objective."""
     config = config.model_copy(update=OTHER.get(objective, {}) if config is CONFIG else {})
@@ -74,7 +81,7 @@ def run(
             views,
             training_set.held_out(train, 64),
             config,
-            checkpoints=Checkpoints(str(folder), keep=2),
+            checkpoints=Checkpoints(str(folder), keep=keep),
             device=torch.device("cpu"),
             **hooks,
         )

@@ -8,13 +8,17 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import faults
 import pytest
 
+import hosts
+import s3
+import servers
 from conftest import free_port
 from darkmatter import files, shards
 from darkmatter.console import Stopped
@@ -180,6 +184,66 @@ def test_a_driver_that_dies_or_is_asked_to_end_goes_on_when_it_is_run_again(
     summary = faults.train(digits / "train", tmp_path)
     assert weights(tmp_path) == weights(reference)
     assert (summary["lost_to"]["recovery"] > 0) or kind == "SIGTERM"
+
+
+@pytest.mark.cluster
+def test_a_line_that_is_cut_between_two_hosts_and_heals_ends_in_the_same_weights(
+    digits: Path, tmp_path: Path, reference: Path
+) -> None:
+    """Two hosts that share no folder: data and checkpoints go through S3. The second is cut off in the middle; when it is
+    back, its Ray is started again, as a service manager does."""
+    with hosts.two() as two:
+        if two is None:
+            pytest.skip("needs the right to make network namespaces (root, and `ip` of iproute2)")
+        with contextlib.ExitStack() as stack:
+            (tmp_path / "s3" / "bucket").mkdir(parents=True)
+            port = stack.enter_context(s3.server(tmp_path / "s3", remembers="1m", host=two.first, on=two.on(0)))
+            environment = {
+                **servers.CLEAN,
+                **servers.s3_environment(port, two.first),
+                **{name: value for name, value in os.environ.items() if name.startswith(("RAY_AUTH", "RAY_TRAIN"))},
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "RAY_health_check_period_ms": "1000",
+                "RAY_health_check_timeout_ms": "1000",
+                "RAY_health_check_failure_threshold": "3",
+            }
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="dm-", ignore_cleanup_errors=True))
+            start = [str(servers.BIN / "ray"), "start", "--block", "--num-cpus", "1", "--disable-usage-stats"]
+            head = ["--head", "--node-ip-address", two.first, "--port", "6379", "--temp-dir", scratch]
+            log = tmp_path / "head.log"
+            up = stack.enter_context(servers.running([*two.on(0), *start, *head], environment, log))
+            _wait(up, log, lambda: "Ray runtime started" in log.read_text())  # one that finds no head gives up
+            worker = hosts.without(
+                str(tmp_path), [*start, "--node-ip-address", two.second, "--address", f"{two.first}:6379"]
+            )
+            log_of_second = tmp_path.parent / f"{tmp_path.name}-second.log"
+            second = contextlib.ExitStack()
+            stack.callback(second.close)
+            second.enter_context(servers.running([*two.on(1), *worker], environment, log_of_second))
+
+            run = tmp_path / "run"
+            changes = {"storage": "s3://bucket/runs", "data": "s3://bucket/train", "cache": f"{scratch}/cache"}
+            told = tmp_path / "driver.log"
+            command = [*two.on(0), sys.executable, "-W", "ignore", faults.__file__, str(digits / "train"), str(run)]
+            there = {**environment, "RAY_ADDRESS": f"{two.first}:6379"}
+            driver = stack.enter_context(servers.running([*command, json.dumps(changes)], there, told))
+            saved = tmp_path / "s3" / "bucket" / "runs"
+            _wait(driver, told, lambda: any(int(one.name[5:]) >= 20 for one in saved.glob("pretrain-*/step-*")))
+            two.cut()
+            _wait(driver, told, lambda: "restart 1 of" in told.read_text())
+            two.heal()
+            second.close()
+            second.enter_context(servers.running([*two.on(1), *worker], environment, log_of_second))
+            assert driver.wait(300) == 0, told.read_text()[-5000:]
+    assert weights(run) == weights(reference)
+
+
+def _wait(process: "subprocess.Popen[bytes]", told: Path, condition: Callable[[], bool]) -> None:
+    """`told` is the process's log."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, told.read_text()[-5000:]
+        time.sleep(0.05)
 
 
 @pytest.mark.long

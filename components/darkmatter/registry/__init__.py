@@ -4,9 +4,11 @@ gate.py       may this model be registered, may it be champion: rules, each with
 export.py     the programs of a version (torch.export, ONNX), and how far they are from the network
 card.py       the model card
 package.py    what a version consists of
+hub.py        the backbone as timm loads it
 seal.py       the sha256 of every file, and a signature by choice
 register.py   the stage: gate, package, seal, version
 aliases.py    promotion, rollback, deletion, and the history of it; `python -m darkmatter.registry`
+reproduce.py  a version, trained again from its commit
 _embedder.py  the code that a version runs
 """
 
@@ -162,7 +164,7 @@ def fetch(uri: str, folder: Path, *, public_key: Path | None = None) -> None:
 
     Raises:
         ValueError: another form of `uri`, or a version that has no seal.
-        seal.Broken: a file was changed, added or removed, or the signature does not fit.
+        seal.Broken: a file was changed, added or removed, the signature does not fit, or it is not built as ours are.
         mlflow.exceptions.MlflowException: there is no such version.
     """
     import mlflow
@@ -183,6 +185,7 @@ def fetch(uri: str, folder: Path, *, public_key: Path | None = None) -> None:
         copy = Path(mlflow.artifacts.download_artifacts(artifact_uri=stored, dst_path=scratch))
         _remove_traces(copy)
         seal.verify(copy, version.tags["seal_sha256"])
+        _check_form(copy)
         if public_key is not None:
             seal.verify_signature(copy, public_key)
         shutil.move(copy, folder)
@@ -234,6 +237,24 @@ def _remove_traces(copy: Path) -> None:
     """What MLflow leaves in a store of this machine when it loads from there. Nothing of it is loaded from our copy."""
     (copy / "registered_model_meta").unlink(missing_ok=True)
     shutil.rmtree(copy / "__pycache__", ignore_errors=True)
+
+
+def _check_form(copy: Path) -> None:
+    """A seal says that a folder is what somebody registered. Whoever may write to the registry can seal a folder that MLflow
+    would unpickle, or whose code it would import from elsewhere; ours runs _embedder.py and nothing else."""
+    from mlflow.models import Model
+
+    flavors = Model.load(str(copy)).flavors
+    ours = flavors.get("python_function", {})
+    runs = {
+        name: ours[name]
+        for name in ("loader_module", "model_code_path", "code", "data", "python_model")
+        if ours.get(name)
+    }
+    code = Path(runs.get("model_code_path", "")).name  # MLflow takes the last part as well
+    expected = {"loader_module": "mlflow.pyfunc.loaders.code_model", "model_code_path": "_embedder.py"}
+    if set(flavors) != {"python_function"} or {**runs, "model_code_path": code} != expected:
+        raise seal.Broken(f"{copy.name} is no version of Darkmatter's: it would load {runs}. Do not use this version")
 
 
 def load(uri: str, *, model_config: Mapping[str, Any] | None = None, public_key: Path | None = None) -> Any:

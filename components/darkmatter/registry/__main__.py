@@ -1,12 +1,16 @@
-"""`python -m darkmatter.registry`: look at the registered model of params.yaml, promote, go back, delete, verify, fetch."""
+"""`python -m darkmatter.registry`: look at the registered model of params.yaml, promote, go back, delete, verify, fetch,
+reproduce."""
 
 import argparse
+import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from darkmatter import console, params, registry
-from darkmatter.registry import aliases
+from darkmatter.registry import aliases, reproduce
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,7 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        _do(name, chosen)
+        if chosen.command == "reproduce":
+            _reproduce(name, chosen.version, tree["place"], chosen.folder)
+        else:
+            _do(name, chosen)
     except MlflowException as error:
         raise ValueError(f"MLflow: {error.message}") from error
 
@@ -50,6 +57,23 @@ def _do(name: str, chosen: argparse.Namespace) -> None:
         print(f'{chosen.folder}: verified; mlflow.pyfunc.load_model("{chosen.folder}")')
 
 
+def _reproduce(name: str, version: str, place: Mapping[str, Any], folder: Path | None) -> None:
+    """In a folder that was named, which stays; or in one that stays only when the answer is no."""
+    if folder is not None and folder.exists():
+        raise ValueError(f"{folder} is there already; name a new folder")
+    made, stays = folder or Path(tempfile.mkdtemp(prefix="darkmatter-reproduce-")), folder is not None
+    try:
+        print(reproduce.reproduce(name, version, place, folder=made))
+    except reproduce.NotReproduced as error:
+        if not (made / "repository").exists():
+            raise
+        stays = True
+        raise reproduce.NotReproduced(f"{error}\nWhat was rebuilt is in {made}") from error
+    finally:
+        if not stays:
+            shutil.rmtree(made, ignore_errors=True)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m darkmatter.registry", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -59,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     delete = commands.add_parser("delete", help="delete a version that is not champion")
     verify = commands.add_parser("verify", help="prove that a version is what was registered")
     load = commands.add_parser("load", help="a verified copy of a version in a new folder")
-    for command in (promote, delete, verify, load):
+    again = commands.add_parser("reproduce", help="train a version again from its commit; are the weights equal?")
+    again.add_argument("--folder", type=Path, help="a new one to rebuild in, which stays; else a temporary one")
+    for command in (promote, delete, verify, load, again):
         command.add_argument("version")
     for command in (promote, rollback, delete):
         command.add_argument("--reason", default="by hand", help="kept in the history")

@@ -6,7 +6,7 @@ artifacts/version/
   model/                            config.json and the weights as safetensors; `darkmatter.model.load` opens it
   embedding.pt2 .onnx  energy.pt2   the programs (export.py); programs.json says what they can do and how exact they are
   images.py                         how a file becomes what the network sees
-  hub/                              the backbone in the layout of the Hugging Face hub, which timm loads when it is its own
+  hub/                              the backbone in the layout of the Hugging Face hub, which timm loads (hub.py)
   records/                          lineage.json, params.yaml, dvc.lock, requirements.lock, metrics, plots, report.html
   MODEL_CARD.md
 SHA256SUMS  model.sig               the seal, and a signature by choice (seal.py)
@@ -26,12 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from darkmatter import files, images, model
-from darkmatter.backbones import Backbone, Images
+from darkmatter.backbones import Images
 from darkmatter.objectives import Objective
-from darkmatter.registry import RegisterConfig, card, export
+from darkmatter.registry import RegisterConfig, card, export, hub
 from darkmatter.registry.export import Difference
 
 _EMBEDDER = Path(__file__).with_name("_embedder.py")
@@ -82,7 +81,7 @@ def contents(made_of: Model, pictures: Sequence[bytes], config: RegisterConfig, 
         spec, made_of.scores, made_of.lineage, about, differences, objective.backbone.num_features, config
     )
     files.write(folder / "MODEL_CARD.md", text)
-    _write_hub(folder / "hub", objective.backbone, spec, card.for_hub(text, config.card.licence))
+    hub.write(folder / "hub", objective.backbone, spec, card.for_hub(text, config.card.licence))
     records = folder / "records"
     records.mkdir()
     for path in made_of.records:
@@ -162,34 +161,3 @@ def requirements() -> list[str]:
     for module in sorted(imported - sys.stdlib_module_names):
         names.append(module if module in owners[module] else owners[module][0])  # mlflow is in mlflow-skinny too
     return [f"{name.lower()}=={importlib.metadata.version(name).partition('+')[0]}" for name in names]
-
-
-def _write_hub(folder: Path, backbone: Backbone, spec: model.ModelSpec, card_text: str) -> None:
-    """config.json, model.safetensors and README.md. The network alone: it takes images that were normalised."""
-    network, size = backbone.network, spec.images.image_size
-    seen = {
-        "input_size": (spec.images.channels, size, size),
-        "mean": tuple(spec.images.mean),
-        "std": tuple(spec.images.std),
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "crop_mode": "center",
-    }
-    if hasattr(network, "pretrained_cfg"):  # one of timm's
-        import timm
-
-        timm.models.save_for_hf(network, str(folder), data_config=seen, safe_serialization=True)
-    else:
-        folder.mkdir()
-        weights = {name: value.detach().contiguous() for name, value in network.state_dict().items()}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        architecture = spec.backbone["name"]
-        tree = {
-            "architecture": architecture,
-            "library_name": "darkmatter",
-            "num_features": backbone.num_features,
-            "model_args": spec.backbone.get(architecture, {}),
-            "pretrained_cfg": {**seen, "num_classes": 0},
-        }
-        files.write_json(folder / "config.json", tree)
-    files.write(folder / "README.md", card_text)

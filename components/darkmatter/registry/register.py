@@ -115,7 +115,7 @@ def _read(
             **provenance,
             "git_commit": commit["commit"],
             "uncommitted": commit["dirty"],
-            "weights_sha256": _weights_digest(model_folder),
+            "weights_sha256": weights_digest(model_folder),
             "model_sha256": model.digest(model_folder),
             **digests,
         },
@@ -142,7 +142,8 @@ def _decide(config: RegisterConfig, rules: Sequence[gate.Rule], version: str, *,
     return decision
 
 
-def _weights_digest(model_folder: Path) -> str:
+def weights_digest(model_folder: Path) -> str:
+    """Names the weights of a model folder; the tag `weights_sha256` of a version."""
     parts = [files.sha256(model_folder / f"{name}.safetensors") for name in ("backbone", "objective")]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
@@ -172,6 +173,7 @@ def _publish(
         "seal_sha256": seal_sha256,
         "signed": "yes" if signed else "no",
         "weights_sha256": origin["weights_sha256"],
+        "model_sha256": origin["model_sha256"],
         "git_commit": origin["git_commit"],
         "git_dirty": ", ".join(origin["uncommitted"]) or "no",
         "training_data": origin["training_data"],

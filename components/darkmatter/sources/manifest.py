@@ -53,9 +53,16 @@ class Manifest(Source):
                 place = json.loads(item.place)
                 if not isinstance(place, str):
                     raise Unreadable(*place)
-                yield remote.read(remote.join(self.base, place), limit=limit)
+                yield remote.read(self._address(place), limit=limit)
             except Unreadable as error:
                 yield error
+
+    def _address(self, path: str) -> str:
+        """Raises Unreadable for a file of this machine in a list that came from elsewhere."""
+        address = remote.join(self.base, path)
+        if remote.is_remote(self.address) and remote.is_here(address):
+            raise Unreadable("outside", f"{path} is on this machine, and {self.address} is not")
+        return address
 
     def _version(self, path: str) -> str:
         address = remote.join(self.base, path)

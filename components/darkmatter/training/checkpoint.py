@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import sys
 import tempfile
@@ -64,24 +65,43 @@ class Checkpoints:
         Raises:
             Unreadable: the store cannot be reached.
         """
-        for name in self._names():
-            place = remote.join(self.address, name)
+        for step in reversed(self.steps()):
             try:
-                with self._fetched(place) as path, path.open("rb") as file:
-                    expected = self._about(name)["sha256"][STATE]
-                    if hashlib.file_digest(file, "sha256").hexdigest() == expected:
-                        return torch.load(path, map_location="cpu", weights_only=True)
-                    problem = "its bytes are not those that were written"
-            except (remote.Unreadable, ValueError, KeyError, TypeError) as error:
-                if isinstance(error, remote.Unreadable) and error.reason == "connection":
-                    raise
-                problem = str(error)
-            print(f"darkmatter: checkpoint {place} is damaged ({problem}); using the one before it", file=sys.stderr)
+                return self.load(step)
+            except ValueError as error:
+                print(f"darkmatter: {error}; using the one before it", file=sys.stderr)
         return None
+
+    def load(self, step: int) -> dict[str, Any]:
+        """The state of the checkpoint of a step.
+
+        Raises:
+            ValueError: it is damaged, or there is none.
+            Unreadable: the store cannot be reached.
+        """
+        name = f"step-{step:07d}"
+        place = remote.join(self.address, name)
+        try:
+            with self._fetched(place) as path, path.open("rb") as file:
+                expected = self._about(name)["sha256"][STATE]
+                if hashlib.file_digest(file, "sha256").hexdigest() == expected:
+                    return torch.load(path, map_location="cpu", weights_only=True)
+                problem = "its bytes are not those that were written"
+        except (remote.Unreadable, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, remote.Unreadable) and error.reason == "connection":
+                raise
+            problem = str(error)
+        except (pickle.UnpicklingError, RuntimeError) as error:  # weights_only refused it: somebody else wrote it
+            problem = f"it holds something else than tensors and numbers: {str(error).splitlines()[0][:200]}"
+        raise ValueError(f"checkpoint {place} is damaged ({problem})")
+
+    def steps(self) -> list[int]:
+        """Of those that are complete, in rising order. Whether their bytes are good, `load` finds out."""
+        return sorted(int(name[5:]) for name in self._names())
 
     def newest_step(self) -> int:
         """Of those that are complete; 0 when there is none. Whether its bytes are good, `load_newest` finds out."""
-        return next((int(name[5:]) for name in self._names()), 0)
+        return next(reversed(self.steps()), 0)
 
     def _names(self) -> list[str]:
         """Newest first."""

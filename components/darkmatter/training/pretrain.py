@@ -125,7 +125,8 @@ def pretrain(
         if saved is None or saved["step"] != steps:
             raise RuntimeError(f"training ended without its last checkpoint in {run.address}")
         objective.load_state_dict(saved["objective"])
-        model.save(out, objective, spec, _provenance(fingerprint, manifest, config, steps, started_from))
+        made_from = {"started_from": started_from, "computed": _computed(rows, place)}
+        model.save(out, objective, spec, _provenance(fingerprint, manifest, config, steps) | made_from)
         lost = goodput.shares(history.read_all(run.address), ended=time.time())
     times = {"goodput": lost.pop("step"), "wall_seconds": lost.pop("wall_seconds"), "lost_to": lost}
     return _summary(rows, steps, config, fingerprint) | times
@@ -286,8 +287,9 @@ def run_fingerprint(
     plugins = [("augmentations", spec.views), ("backbones", spec.backbone), ("objectives", spec.objective)]
     code = [Path(__file__), *(package / folder / f"{section['name']}.py" for folder, section in plugins)]
     options = [plugin.choose(folder, section, where=folder)[1].model_dump() for folder, section in plugins]
+    chosen = config.model_dump(exclude={"warm_start"})  # what it names may change; its digest says what it was
     return lineage.fingerprint(
-        lineage.code_digest(code), manifest.digest, spec.images.model_dump(), options, config.model_dump(), started_from
+        lineage.code_digest(code), manifest.digest, spec.images.model_dump(), options, chosen, started_from
     )
 
 
@@ -363,15 +365,24 @@ def _summary(rows: list[dict[str, float]], steps: int, config: PretrainConfig, f
     }
 
 
-def _provenance(
-    fingerprint: str, manifest: shards.Manifest, config: PretrainConfig, steps: int, started_from: str
-) -> dict[str, Any]:
+def _provenance(fingerprint: str, manifest: shards.Manifest, config: PretrainConfig, steps: int) -> dict[str, Any]:
     return {
         "fingerprint": fingerprint,
         "training_data": manifest.digest,
         "training_samples": manifest.samples("train"),
         "seed": config.seed,
         "steps": steps,
-        "started_from": started_from,  # the digest of a model folder; empty: fresh weights
         "versions": lineage.versions(),
+    }
+
+
+def _computed(rows: list[dict[str, float]], place: cluster.PlaceConfig) -> dict[str, Any]:
+    """What decides the last bits of the weights: sums of other lengths, or by other instructions, round differently."""
+    return {
+        "workers": sorted({int(row["workers"]) for row in rows}),
+        "cpus_per_worker": place.cpus_per_worker,
+        "gpu": place.gpu,
+        "compile": place.compile,
+        "fsdp": place.fsdp,
+        "processor": torch.backends.cpu.get_cpu_capability(),
     }
