@@ -8,8 +8,7 @@ TOOLS := .tools
 # DVC runs `python`; it must be this environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup tools demo submit show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives bench-serving lock hashes sbom clean
-.PHONY: help setup tools demo submit show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives bench-serving scale lock clean
+.PHONY: help setup tools demo submit show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives bench-serving scale lock hashes sbom clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
