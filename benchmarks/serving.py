@@ -202,7 +202,7 @@ def main() -> None:
     network = spec["backbone"].get(spec["backbone"]["name"], {})
     about = (
         f"`make bench-serving`, {datetime.date.today()}, torch {torch.__version__}, mlflow {mlflow.__version__}, "
-        f"{os.cpu_count()} cores, no GPU, load {os.getloadavg()[1]:.0f}: {spec['backbone']['name']} {network}, PNGs of "
+        f"{os.cpu_count()} cores, no GPU, load {os.getloadavg()[0]:.0f}: {spec['backbone']['name']} {network}, PNGs of "
         f"28 x 28 pixels, {arguments.rounds} rounds in turns of {arguments.calls} requests. "
     )
     loading = (
