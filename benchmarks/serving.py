@@ -4,7 +4,7 @@
 
 The version is the champion of this folder's registry, or --model. The server is `mlflow models serve` with one worker on
 this machine; beside it the same version is called in this process, with the same files, in turns. A client waits for each
-answer before it asks again; several do so at the same time.
+answer before it asks again; several do so at the same time. The model has one thread everywhere.
 """
 
 import argparse
@@ -61,7 +61,11 @@ def server(folder: Path) -> Iterator[tuple[str, float]]:
     start = time.monotonic()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", *command], stdout=log, stderr=log, start_new_session=True
+            [sys.executable, "-m", "mlflow", *command],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         try:
             while True:
@@ -154,7 +158,7 @@ def programs(folder: Path, contents: list[bytes], rounds: int) -> list[str]:
     for size in BATCHES:
         images = package.as_seen([contents[one % len(contents)] for one in range(size)], spec)
         times: dict[str, list[float]] = {way: [] for way in ways}
-        repeats = max(3, 256 // size)
+        repeats = max(2, 64 // size)
         with torch.no_grad():
             for number in range(rounds + 1):  # the first warms up
                 for way, call in ways.items():
@@ -179,6 +183,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=32, help="requests a round")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     mlflow.set_tracking_uri(tracking.uri_of("sqlite:///mlflow.db"))
     source = builtin.open_source("mnist")
     contents = list(source.read(list(source.items())[::40], limit=100_000))
@@ -197,17 +202,14 @@ def main() -> None:
     network = spec["backbone"].get(spec["backbone"]["name"], {})
     about = (
         f"`make bench-serving`, {datetime.date.today()}, torch {torch.__version__}, mlflow {mlflow.__version__}, "
-        f"{os.cpu_count()} cores, no GPU, load {os.getloadavg()[1]:.0f}: {spec['backbone']['name']} {network}, PNGs of "
+        f"{os.cpu_count()} cores, no GPU, load {os.getloadavg()[0]:.0f}: {spec['backbone']['name']} {network}, PNGs of "
         f"28 x 28 pixels, {arguments.rounds} rounds in turns of {arguments.calls} requests. "
     )
     loading = (
         f"A verified copy took {fetched:.1f} s, loading it {opened:.1f} s, the server {up:.0f} s until it answered."
     )
     replace_section(PAGE, "## A version over HTTP", [about + loading, "", *lines])
-    eager = (
-        "The same run: the network on images that were decoded already, features and mean of patches; as many threads for "
-        f"all ({torch.get_num_threads()})."
-    )
+    eager = "The same run: the network on images that were decoded already, features and mean of patches, one thread."
     replace_section(PAGE, "## The programs of a version", [eager, "", *exact])
 
 
