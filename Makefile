@@ -8,7 +8,7 @@ TOOLS := .tools
 # DVC runs `python`; it must be this environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup tools demo submit show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives bench-serving lock hashes sbom clean
+.PHONY: help setup tools demo submit show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives bench-serving scale lock hashes sbom clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -82,6 +82,9 @@ bench-objectives: setup  ## every objective beside the others and lightly's; CLI
 	$(BIN)/python benchmarks/objectives.py --data digits=builtin:mnist --method mae --vit
 	$(if $(CLIP_ART),$(BIN)/python benchmarks/objectives.py --data "clip art=folder:$(CLIP_ART)" --epochs 3)
 	$(BIN)/python docs/generate.py
+
+scale: setup  ## the tables and the picture of docs/scale.md
+	$(BIN)/python benchmarks/scale.py
 
 bench-serving: setup  ## the champion over HTTP beside a call in process; its programs beside the network (some minutes)
 	$(BIN)/python benchmarks/serving.py

@@ -25,6 +25,8 @@ REASONS: dict[str, str] = {
     "huey": "its LICENSE is MIT's; of MLflow's server",
     "hypothesis": "MPL, file by file; tests only",
     "pathspec": "MPL, file by file; DVC reads .dvcignore with it",
+    "psycopg": "LGPL: imported unchanged; tests and MLflow servers reach PostgreSQL with it",
+    "psycopg-binary": "as psycopg",
     "pygit2": "its exception allows linking from programs of any licence; DVC reads Git with it",
     "shtab": "MPL, file by file; completions of DVC's command line",
     "sigstore-models": "its LICENSE is MIT's; of model-signing",

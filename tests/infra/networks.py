@@ -53,7 +53,7 @@ def _side(policies: Sequence[Policy], kind: str, key: str, pod: Any, other: Any,
 
 
 def reaches(policies: Sequence[Policy], source: Any, target: Any, port: int, protocol: str = "TCP") -> bool:
-    """A pod here is {"labels": ...}; one of another namespace has its labels as "namespace" too; what is outside an "address"."""
+    """A pod here is {"labels": ...}; of another namespace it has "namespace", its labels; what is outside an "address"."""
     out = (
         True
         if "namespace" in source or "address" in source

@@ -114,8 +114,8 @@ def test_the_compose_file_listens_on_loopback_only_and_takes_no_default_password
     assert required == named - {"DARKMATTER_WEBHOOK"}, "one that is not set must end it, not be empty"
 
 
-def test_only_what_must_be_reached_is_on_the_outer_network() -> None:
+def test_the_database_is_reached_by_mlflow_alone() -> None:
     compose = yaml.safe_load(COMPOSE.read_text())
     assert compose["networks"]["inside"] == {"internal": True}
-    outside = {name for name, service in compose["services"].items() if "outside" in service.get("networks", [])}
-    assert outside == {"mlflow", "ray"}
+    inside = {name for name, service in compose["services"].items() if "inside" in service.get("networks", [])}
+    assert inside == {"postgres", "mlflow"} and compose["services"]["postgres"]["networks"] == ["inside"]
