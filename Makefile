@@ -8,7 +8,7 @@ TOOLS := .tools
 # DVC runs `python`; it must be this environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup tools demo submit show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives bench-serving scale lock clean
+.PHONY: help setup tools demo submit show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives bench-serving scale lock hashes sbom clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -56,8 +56,9 @@ lint: setup  ## style, types, layers
 
 check: lint test  ## what CI runs
 
-docs: setup  ## docs/params.md and the tables of docs/objectives.md
+docs: setup  ## docs/params.md, the tables of docs/objectives.md, docs/licences.md
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/supply.py licences
 
 bench: setup  ## the data path beside the usual one; PHOTOS=folder of large photographs; writes docs/performance.md
 	$(BIN)/python benchmarks/data.py $(if $(PHOTOS),--photographs $(PHOTOS))
@@ -92,6 +93,16 @@ lock:  ## pin again, after a change of the dependencies (needs uv)
 	uv pip compile pyproject.toml --extra demo --extra dev --universal --python-version 3.11 \
 	  --no-header --no-annotate --no-emit-index-url --constraint requirements.constraints -o requirements.lock
 	sed -i -E 's/^(torch|torchvision)==/\1===/' requirements.lock
+
+hashes: setup  ## requirements.hashes: what pip installs here, by sha256, for `pip install --require-hashes`
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report .cache/pip.json --requirement requirements.lock
+	$(BIN)/python docs/supply.py hashes .cache/pip.json
+
+sbom: setup  ## sbom.json: what is installed, as CycloneDX 1.6, checked by its schema
+	$(PYTHON) -m venv $(VENV)/sbom  # of its own: it brings a chardet that requests warns of
+	$(VENV)/sbom/bin/python -m pip install --quiet cyclonedx-bom==7.5.0
+	$(VENV)/sbom/bin/cyclonedx-py environment --validate --sv 1.6 --of JSON --output-reproducible \
+	  --pyproject pyproject.toml -o sbom.json $(BIN)/python
 
 clean:  ## what runs made; not .venv, not the registry
 	rm -rf data models plots metrics report.html checkpoints

@@ -9,7 +9,7 @@
 
 Images are the image files below PHOTOS, and those inside its .tar files (WebDataset). EMBEDDINGS gets parts with the columns
 `key` (the path, or TAR/MEMBER) and `embedding`; model, version and seal are in the metadata of each. What is no usable image
-stands with its reason in rejects.csv.
+stands with its reason in _rejects.csv. `pyarrow.parquet.read_table("EMBEDDINGS")` reads all parts.
 
 A part appears whole or not at all, and says by itself which images it is of: a run that was killed goes on where it was, and
 a later run embeds only what came since. (A file that was changed under its old name is not seen again.) A folder with the
@@ -215,11 +215,11 @@ def main() -> None:
     parts = remaining(arguments.folder.resolve(), arguments.part, names, keys)
     new = embed(parts, arguments, about, params) if parts else 0
     names, keys, rejects = finished(arguments.out, about)
-    with (arguments.out / "rejects.csv").open("w", newline="") as file:
+    with (arguments.out / "_rejects.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("key", "reason"), *sorted(rejects.items())])
     print(f"{arguments.out}: {len(keys) - len(rejects)} images in {len(names)} parts, {new} embedded now ({opened})")
     if rejects:
-        print(f"{arguments.out / 'rejects.csv'}: {len(rejects)} left out, each with its reason")
+        print(f"{arguments.out / '_rejects.csv'}: {len(rejects)} left out, each with its reason")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -57,10 +58,12 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    root = tmp_path_factory.mktemp("w")
+def world() -> Iterator[World]:
+    # Not below pytest's folder: another pytest that starts shuts it to the user that PostgreSQL runs as (seen).
+    root = Path(tempfile.mkdtemp(prefix="doors-"))
     canaries = {kind: f"CNRY{secrets.token_hex(12)}" for kind in KINDS}
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, root, ignore_errors=True)
         patch.setattr(s3, "KEY", canaries["aws_key"])
         patch.setattr(s3, "SECRET", canaries["aws_secret"])
         (root / "s3" / "bucket").mkdir(parents=True)
@@ -350,7 +353,8 @@ RAY = (
     "GET /api/jobs/x/logs", "GET /api/packages/gcs/x.zip", "PUT /api/packages/gcs/x.zip", "GET /nodes?view=summary",
     "GET /api/cluster_status", "GET /api/v0/nodes", "GET /api/v0/actors", "GET /api/v0/tasks", "GET /api/v0/workers",
     "GET /api/v0/logs", "GET /api/v0/logs/file?node_id=x&filename=y", "GET /logical/actors",
-    "GET /api/serve/applications/", "PUT /api/serve/applications/", "DELETE /api/serve/applications/", "GET /api/prometheus/sd", "GET /events",
+    "GET /api/serve/applications/", "PUT /api/serve/applications/",
+    "DELETE /api/serve/applications/", "GET /api/prometheus/sd", "GET /events",
     "GET /worker/traceback?pid=1", "GET /worker/cpu_profile?pid=1", "GET /api/component_activities",
     "GET /api/train/v2/runs",
 )  # fmt: skip

@@ -50,6 +50,10 @@ def test_ray_gets_the_path_of_the_token_and_not_the_token(token: Path) -> None:
     assert environment == {"A": "b", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     assert launch.with_token({"RAY_AUTH_TOKEN_PATH": str(token)}, None)["RAY_AUTH_TOKEN_PATH"] == str(token)
     assert launch.with_token({"RAY_AUTH_TOKEN": TOKEN}, None)["RAY_AUTH_MODE"] == "token"
+    usual = token.parent / ".ray" / "auth_token"
+    launch.new_token(usual)
+    found = launch.with_token({"HOME": str(token.parent)}, None)
+    assert found["RAY_AUTH_TOKEN_PATH"] == str(usual)
 
 
 @pytest.mark.parametrize(
@@ -74,13 +78,11 @@ def test_a_token_that_others_can_read_is_refused(token: Path, mode: int) -> None
         launch.with_token({}, token)
 
 
-@pytest.mark.parametrize(
-    "command", [["head"], ["head", "--host", "0.0.0.0"], ["worker", "--host", "::", "--address", "a:1"]]
-)
-def test_the_command_refuses_every_address_without_a_token(command: list[str]) -> None:
+@pytest.mark.parametrize("command", ["head", "head --host 0.0.0.0", "worker --host :: --address a:1"])
+def test_the_command_refuses_every_address_without_a_token(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "darkmatter.launch", *command.split()],
-        env=CLEAN,
+        env={**CLEAN, "HOME": "/nonexistent"},
         capture_output=True,
         text=True,
         timeout=60,

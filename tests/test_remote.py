@@ -164,3 +164,42 @@ def test_over_http(site: str) -> None:
     Handler.fails = 2
     assert remote.read(f"{site}/a.bin", limit=10**7) == CONTENT
     assert Handler.fails == 0
+
+
+def test_the_password_of_a_web_server_comes_from_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no address has to hold one."""
+    import base64
+    import http.server
+    import threading
+
+    wanted = "Basic " + base64.b64encode(b"me:secret").decode()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.headers.get("Authorization") == wanted
+            self.send_response(200 if known else 401)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(b"ok")
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/a"
+        for content, expected in (("", "forbidden"), ("machine 127.0.0.1 login me password secret\n", "")):
+            (tmp_path / "netrc").write_text(content)
+            monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+            remote._opened.cache_clear()
+            if expected:
+                with pytest.raises(remote.Unreadable, match=expected):
+                    remote.read(address, limit=9)
+            else:
+                assert remote.read(address, limit=9) == b"ok"
+        server.shutdown()
+    remote._opened.cache_clear()

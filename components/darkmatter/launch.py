@@ -35,6 +35,7 @@ _SHORTEST = 32  # characters of a token; ours have 64
 _START, _STOP = 180.0, 60.0  # seconds; Ray takes up to 30 to hand over what runs on a machine that leaves
 #: Processes of every machine; each opens its ports when it comes.
 _PARTS = {"raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+_ALL = ("0.0.0.0", "::")
 _LOOPBACK = ("127.0.0.1", "localhost")
 _OURS = ("--head", "--address", "--port", "--node-ip-address", "--dashboard-host", "--dashboard-port", "--block",
          "--temp-dir", "--system-config", "--redis-password")  # fmt: skip
@@ -65,8 +66,8 @@ def with_token(environment: Mapping[str, str], path: Path | None) -> dict[str, s
     there is one: an environment is printed more easily than a file.
 
     Args:
-        environment: perhaps with RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN.
-        path: of the token; wins over both.
+        environment: perhaps with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH. Else ~/.ray/auth_token is looked for, as Ray does.
+        path: of the token; wins over all.
 
     Raises:
         Refused: no token, a weak one, one that others can read, or RAY_AUTH_MODE says something else than `token`.
@@ -77,8 +78,10 @@ def with_token(environment: Mapping[str, str], path: Path | None) -> dict[str, s
             f"RAY_AUTH_MODE is {mode!r}: whoever reaches a port of Ray could run code. Unset it, or set token"
         )
     kept = {name: value for name, value in environment.items() if not name.startswith("RAY_AUTH_TOKEN")}
-    if path is None and environment.get("RAY_AUTH_TOKEN_PATH"):
-        path = Path(environment["RAY_AUTH_TOKEN_PATH"])
+    usual = Path(environment.get("HOME", "/nonexistent")) / ".ray" / "auth_token"
+    if path is None and not environment.get("RAY_AUTH_TOKEN"):
+        named = environment.get("RAY_AUTH_TOKEN_PATH")
+        path = Path(named) if named else usual if usual.exists() else None
     if path is None:
         _check_strength(environment.get("RAY_AUTH_TOKEN", ""), "RAY_AUTH_TOKEN")
         return {**kept, "RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": environment["RAY_AUTH_TOKEN"]}
@@ -116,7 +119,8 @@ def head(*, host: str, port: int, dashboard_port: int, environment: Mapping[str,
     """Runs the first machine of a cluster until SIGTERM or SIGINT. Returns the status to exit with.
 
     Args:
-        host: address of this machine that others reach; on 127.0.0.1 nobody else does.
+        host: address of this machine that others reach; on 127.0.0.1 nobody else does. 0.0.0.0: whichever Ray finds, and the
+            dashboard on all.
         port: of Ray.
         dashboard_port: of the dashboard, which also takes jobs.
         environment: from `with_token`.
@@ -128,7 +132,8 @@ def head(*, host: str, port: int, dashboard_port: int, environment: Mapping[str,
     """
     alone = host in _LOOPBACK
     host = "127.0.0.1" if alone else host
-    options = ["--head", f"--node-ip-address={host}", f"--port={port}", f"--dashboard-host={host}"]
+    options = ["--head", f"--port={port}", f"--dashboard-host={host}"]
+    options += [] if host in _ALL else [f"--node-ip-address={host}"]
     # ray:// cannot be left away; whichever port it gets, it asks for the token.
     options += [f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={_free_port()}"]
     if alone:
@@ -140,7 +145,8 @@ def head(*, host: str, port: int, dashboard_port: int, environment: Mapping[str,
     )
     told += f"\nuse it with: RAY_ADDRESS={host}:{port} RAY_AUTH_MODE=token"
     told += f" RAY_AUTH_TOKEN_PATH={token}" if token else " and its RAY_AUTH_TOKEN"
-    return _hold(options, more, environment, told, ports=[(host, port), (host, dashboard_port)], alone=alone)
+    near = "127.0.0.1" if host in _ALL else host
+    return _hold(options, more, environment, told, ports=[(near, port), (near, dashboard_port)], alone=alone)
 
 
 def worker(*, host: str, address: str, environment: Mapping[str, str], more: Sequence[str] = ()) -> int:
@@ -317,9 +323,7 @@ def _parser() -> argparse.ArgumentParser:
     other.add_argument("--host", required=True, help="address of this machine that the others reach")
     other.add_argument("--address", required=True, help="HOST:PORT of the head")
     for command in (first, other):
-        command.add_argument(
-            "--token", type=Path, help="file of the token; default: RAY_AUTH_TOKEN_PATH, RAY_AUTH_TOKEN"
-        )
+        command.add_argument("--token", type=Path, help="file of the token; default: as Ray looks for it")
     return parser
 
 

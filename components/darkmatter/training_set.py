@@ -1,4 +1,4 @@
-"""Labelled shards of original bytes -> the training set: bounded images without labels, their statistics."""
+"""Labelled shards -> the training set: bounded images without labels, their statistics."""
 
 import dataclasses
 import json

@@ -226,7 +226,7 @@ def test_a_version_is_trained_again_from_its_commit_to_the_same_weights(rebuilt:
     folder, output = rebuilt.folder, rebuilt.output
     assert "version 1 is reproduced, bit for bit" in output
     assert "from commit" in output
-    assert re.search(r"takes as long as the training did \(\d+ s then\)", output)
+    assert re.search(r"takes as long as the training did \(\d+ (s|min) then\)", output)
     assert re.findall(r"Running stage '(\w+)'", output) == [
         *("check", "discover", "ingest", "augment"), *("discover", "pretrain")
     ]  # fmt: skip

@@ -203,6 +203,7 @@ def test_a_line_that_is_cut_between_two_hosts_and_heals_ends_in_the_same_weights
                 **servers.s3_environment(port, two.first),
                 **{name: value for name, value in os.environ.items() if name.startswith(("RAY_AUTH", "RAY_TRAIN"))},
                 "PYTHONPATH": os.pathsep.join(sys.path),
+                "GLOO_SOCKET_IFNAME": "line",  # both hosts have the name of this machine, which leads to themselves
                 "RAY_health_check_period_ms": "1000",
                 "RAY_health_check_timeout_ms": "1000",
                 "RAY_health_check_failure_threshold": "3",
