@@ -24,7 +24,7 @@ def test_the_dockerfile_passes_its_linter() -> None:
     ("old", "new", "rule"),
     [
         ("FROM base AS run", "FROM debian:latest AS run", "DL3007"),
-        ("pip install --no-cache-dir --requirement", "pip install --requirement", "DL3042"),
+        ("pip install --no-cache-dir --no-deps --require-hashes", "pip install --require-hashes", "DL3042"),
         ("# hadolint ignore=DL3008\n", "", "DL3008"),
         ("WORKDIR /home/darkmatter", "WORKDIR home", "DL3000"),
     ],
@@ -74,6 +74,11 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
             if line.startswith("COPY") and "--from" not in line:
                 sources = line.split()[1:-1]
                 assert all((ROOT / name).exists() for name in sources) and set(sources) <= kept, line
+
+
+def test_packages_of_a_run_are_installed_by_their_hashes() -> None:
+    (install,) = [line for line in stages()["packages"] if "--requirement" in line]
+    assert "--require-hashes" in install and "requirements.hashes" in install
 
 
 def test_constraints_of_the_server_are_the_locked_versions_without_extras() -> None:
