@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # DVC runs `python`; it must be this environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives lock clean
+.PHONY: help setup demo show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives bench-checkpoints bench-localisation lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -69,6 +69,12 @@ bench-objectives: setup  ## every objective beside the others and lightly's; CLI
 	$(BIN)/python benchmarks/objectives.py --data digits=builtin:mnist --method mae --vit
 	$(if $(CLIP_ART),$(BIN)/python benchmarks/objectives.py --data "clip art=folder:$(CLIP_ART)" --epochs 3)
 	$(BIN)/python docs/generate.py
+
+bench-checkpoints: setup  ## which number without labels ranks checkpoints as few-shot accuracy does; writes docs/evaluation.md
+	$(BIN)/python benchmarks/checkpoints.py builtin:mnist
+
+bench-localisation: setup  ## who knows where things are; CLIP_ART=folder of labelled images; writes docs/evaluation.md
+	$(BIN)/python benchmarks/localisation.py $(CLIP_ART)
 
 lock:  ## pin again, after a change of the dependencies (needs uv)
 	uv pip compile pyproject.toml --extra demo --extra dev --universal --python-version 3.11 \
