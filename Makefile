@@ -8,7 +8,7 @@ TOOLS := .tools
 # DVC runs `python`; it must be this environment's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup tools demo submit show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives bench-serving scale lock hashes sbom clean
+.PHONY: help setup tools demo submit show test test-long lint check docs bench bench-growth bench-engines bench-training bench-workers bench-objectives bench-serving scale lock hashes sbom clean bench-checkpoints bench-localisation
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -88,6 +88,12 @@ scale: setup  ## the tables and the picture of docs/scale.md
 
 bench-serving: setup  ## the champion over HTTP beside a call in process; its programs beside the network (some minutes)
 	$(BIN)/python benchmarks/serving.py
+
+bench-checkpoints: setup  ## which number without labels ranks checkpoints as few-shot accuracy does; writes docs/evaluation.md
+	$(BIN)/python benchmarks/checkpoints.py builtin:mnist
+
+bench-localisation: setup  ## who knows where things are; CLIP_ART=folder of labelled images; writes docs/evaluation.md
+	$(BIN)/python benchmarks/localisation.py $(CLIP_ART)
 
 lock:  ## pin again, after a change of the dependencies (needs uv)
 	uv pip compile pyproject.toml --extra demo --extra dev --universal --python-version 3.11 \

@@ -94,10 +94,10 @@ def measure(folder: Path, side: str, seed: int, epochs: int) -> dict[str, dict[s
     }
 
 
-def interval(values: np.ndarray) -> str:
+def interval(values: np.ndarray, *, signed: bool = False) -> str:
     """Mean and 95% interval over seeds, by Student's t."""
     half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
-    return f"{values.mean():.3f} ± {half:.3f}"
+    return f"{values.mean():{'+' if signed else ''}.3f} ± {half:.3f}"
 
 
 def table(found: dict[str, list[dict[str, dict[str, float]]]]) -> list[str]:
@@ -113,7 +113,7 @@ def table(found: dict[str, list[dict[str, dict[str, float]]]]) -> list[str]:
         cells = [interval(values) for values in columns.values()]
         for column in ("place, R²", "patches, AUROC"):
             less = columns[column] - trained[first][column]
-            cells.append("" if side == first else f"{'+' * (less.mean() >= 0)}{interval(less)}")
+            cells.append("" if side == first else interval(less, signed=True))
         lines.append(f"| {side} | " + " | ".join(cells) + " |")
     for subject in ("untrained", "pixels"):
         cells = []
@@ -139,12 +139,16 @@ def main() -> None:
             for side, runs in found.items():
                 runs.append(measure(folder, side, seed, arguments.epochs))
                 print(json.dumps({"side": side, "seed": seed, **runs[-1]}), flush=True)
+    replace_section(PAGE, "## Who knows where", section(found, arguments.source, arguments.epochs))
+
+
+def section(found: dict[str, list[dict[str, dict[str, float]]]], source: Path, epochs: int) -> list[str]:
     about = (
-        f"`python benchmarks/localisation.py {arguments.source}`, {datetime.date.today()}, torch {torch.__version__}: "
-        f"`small_conv` of width {WIDTH} at {SIZE} pixels, {arguments.epochs} epochs of batch {BATCH}, {arguments.seeds} "
-        "seeds, intervals over seeds (Student's t, 95%); differences are paired by seed."
+        f"`python benchmarks/localisation.py {source}`, {datetime.date.today()}, torch {torch.__version__}: `small_conv` of "
+        f"width {WIDTH} at {SIZE} pixels, {epochs} epochs of batch {BATCH}, {len(next(iter(found.values())))} seeds, "
+        "intervals over seeds (Student's t, 95%); differences are paired by seed."
     )
-    replace_section(PAGE, "## Who knows where", [about, "", *table(found)])
+    return [about, "", *table(found)]
 
 
 if __name__ == "__main__":
