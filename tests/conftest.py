@@ -1,8 +1,10 @@
 """What tests share: shape checking, small real data, a Ray of their own."""
 
+import gc
 import os
 import secrets
 import socket
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +43,10 @@ def ray_session() -> Iterator[None]:
 
     with cluster.session():
         yield
+    # Ray forgets the handles of its processes while some still end, which Python warns of.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
