@@ -272,7 +272,7 @@ def test_night_4_poisoned_data_is_named_and_refused_and_the_champion_stays(world
     status, printed, told = world.night()
     assert (status, told["kind"]) == (3, "refused"), printed
     assert "data as before" in told["rules_failed"]
-    assert "rejected as truncated" in told["reason"]
+    assert "rejected as damaged 50%" in told["reason"]
     assert told["ingested"]["rejects_by_reason"]
     assert world.versions() == before
     assert json.loads(world.on_branch("metrics/register.json"))["version"] is None
