@@ -29,16 +29,18 @@ def test_a_killed_run_ends_in_the_same_state_bit_for_bit(objective: str, digits:
     folder = tmp_path / "killed"
     command = [sys.executable, str(RUNS), str(digits / "train"), str(folder), objective]
     steps = []
+    checkpoints = Checkpoints(str(folder), keep=2)
     for least in (8, 23):  # killed as soon as a row after this step is there: between two checkpoints
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         while process.poll() is None:
             rows = history.read(str(folder))
-            if rows and rows[-1]["step"] >= least:
+            # A checkpoint is written beside the loop, which may be ahead of it by then.
+            if rows and rows[-1]["step"] >= least and checkpoints.newest_step() > max(steps, default=0):
                 os.kill(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.01)
         assert process.wait() == -signal.SIGKILL
-        saved = Checkpoints(str(folder), keep=2).load_newest()
+        saved = checkpoints.load_newest()
         assert saved is not None
         steps.append(saved["step"])
     state = runs.run(digits / "train", folder, objective)
