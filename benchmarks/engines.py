@@ -23,8 +23,8 @@ from scipy import stats
 from torch import Tensor
 
 import objectives as bench
-from darkmatter import evaluate, model, shards, training_set
-from darkmatter.evaluations import Score, Subject, few_shot
+from darkmatter import model, shards, training_set
+from darkmatter.evaluations import Score, few_shot
 from darkmatter.stream import Stream
 from darkmatter.training import optimizers, rates
 from data import PAGE, replace_section, usual
@@ -68,12 +68,7 @@ def train(folder: Path, engine: str, seed: int, epochs: int) -> np.ndarray:
             objective(views, torch.arange(BATCH))["loss"].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    splits = [np.load(folder / f"{split}.npz") for split in ("train", "test")]
-    bank, queries = (evaluate.embed(objective, split["pictures"], torch.device("cpu")) for split in splits)
-    subject = Subject(
-        name=engine, bank=bank, bank_labels=splits[0]["labels"], queries=queries, query_labels=splits[1]["labels"]
-    )
-    score = next(iter(few_shot.scores(SHOTS, subject, seed=0)))
+    score = next(iter(few_shot.scores(SHOTS, bench.learned(engine, objective, folder), seed=0)))
     if not isinstance(score, Score) or score.draws is None:
         raise ValueError(f"{folder} has too few labelled samples")
     return score.draws

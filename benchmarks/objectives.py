@@ -25,9 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from darkmatter import cluster, evaluate, files, health, ingest, model, plugin, shards, sources, training_set
+import in_process
+from darkmatter import cluster, files, health, model, plugin, shards, training_set
 from darkmatter.backbones import Backbone
+from darkmatter.contenders import OpenNetwork
 from darkmatter.evaluations import Score, Subject, few_shot, knn
+from darkmatter.features import Extraction
 from darkmatter.objectives import Objective
 from darkmatter.parts import teacher
 from darkmatter.stream import Stream
@@ -108,27 +111,13 @@ def prepare(folder: Path, name: str, uri: str) -> None:
     """Shards, a training set, and for each split that scores are made of its pictures, decoded once for all methods."""
     if (folder / "test.npz").is_file():
         return
-    section = sources.SourceConfig(uri=uri, labels=True)
-    config = ingest.IngestConfig(
-        samples_per_shard=512,
-        val_fraction=0.08,
-        test_fraction=0.2,
-        max_pixels=64_000_000,
-        max_file_mebibytes=256,
-        max_decode_seconds=20,
-        max_decode_mebibytes=3072,
-        near_duplicates=-1,
-        drop_removed=False,
-    )
     with cluster.session():
-        ingest.ingest(section, config, out=folder / "shards")
-        training_set.build(folder / "shards", training_set.AugmentConfig(**DATA[name]), folder / "train")
-    spec, manifest = specification("simclr", name, folder, width=1), shards.Manifest.load(folder / "shards")
+        in_process.prepare(uri, folder, DATA[name], val=0.08, test=0.2)
+    spec = specification("simclr", name, folder, width=1)
+    kept = Extraction(folder=folder / "shards", spec=spec, seed=0, cache="", gpu=False)
     for split in ("train", "test"):
-        found, labels = evaluate.features(
-            folder / "shards", manifest, split, {"pictures": lambda pictures, _: pictures}, spec
-        )
-        np.savez(folder / f"{split}.npz", pictures=found["pictures"], labels=labels)
+        labels = kept.labels(split)
+        np.savez(folder / f"{split}.npz", pictures=kept.pictures(split, range(len(labels))), labels=labels)
 
 
 def specification(name: str, data: str, folder: Path, width: int) -> model.ModelSpec:
@@ -136,12 +125,11 @@ def specification(name: str, data: str, folder: Path, width: int) -> model.Model
     options = MILD[policy] if name in MILD_METHODS else {}
     if plugin_class(name).takes_local_views:
         options = {**options, **LOCAL[policy], "local_views": 2}
-    return model.ModelSpec(
-        backbone={"name": "small_conv", "small_conv": {"width": width}},
-        objective={"name": name, name: OPTIONS.get(name, {})},
-        views={"name": policy, policy: options},
-        images=training_set.load_image_spec(folder / "train"),
-        num_samples=shards.Manifest.load(folder / "train").samples("train"),
+    return in_process.specification(
+        folder,
+        {"name": name, name: OPTIONS.get(name, {})},
+        {"name": policy, policy: options},
+        {"name": "small_conv", "small_conv": {"width": width}},
     )
 
 
@@ -153,13 +141,20 @@ def plugin_class(name: str) -> type[Objective]:
     return next(one for one in found if one.__module__ == module.__name__)
 
 
+def learned(name: str, objective: Any, folder: Path) -> Subject:
+    """What it makes of the pictures that `prepare` kept."""
+    network = OpenNetwork(objective, torch.device("cpu"))
+    train, test = (np.load(folder / f"{split}.npz") for split in ("train", "test"))
+    bank, labels = network.embed(train["pictures"]), train["labels"]
+    return Subject(
+        name=name, bank=bank, bank_labels=labels, validation=bank[:0], validation_labels=labels[:0],
+        queries=network.embed(test["pictures"]), query_labels=test["labels"],
+    )  # fmt: skip
+
+
 def scores(objective: Any, folder: Path, held_out: Sequence[Tensor]) -> dict[str, Any]:
     """As the stage `evaluate` scores a model."""
-    splits = [np.load(folder / f"{split}.npz") for split in ("train", "test")]
-    bank, queries = (evaluate.embed(objective, split["pictures"], torch.device("cpu")) for split in splits)
-    subject = Subject(
-        name="it", bank=bank, bank_labels=splits[0]["labels"], queries=queries, query_labels=splits[1]["labels"]
-    )
+    subject = learned("it", objective, folder)
     shot_config = few_shot.Config(ways=[5], shots=[5], episodes=600, queries=15)
     shot = next(iter(few_shot.scores(shot_config, subject, seed=0)))
     neighbours = next(iter(knn.scores(knn.Config(neighbours=20, temperature=0.07), subject, seed=0)))
@@ -169,7 +164,7 @@ def scores(objective: Any, folder: Path, held_out: Sequence[Tensor]) -> dict[str
         "few_shot": shot.mean,
         "few_shot_ci95": shot.ci95,
         "knn": neighbours.mean,
-        "rankme": health.rankme(torch.from_numpy(queries)),
+        "rankme": health.rankme(torch.from_numpy(subject.queries)),
     }
     if isinstance(objective, Objective):
         result["margin"] = health.auroc(*health.pair_energies(objective, held_out[0], held_out[1]))

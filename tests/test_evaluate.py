@@ -108,6 +108,7 @@ def test_without_labels_what_needs_them_is_named_and_the_rest_is_measured(
     config = params.parse(registry.RegisterConfig, params.read(ROOT / "params.yaml")["register"], where="register")
     candidate = gate.Candidate(
         folder=model_folder, provenance={}, scores=results.tree, commit=None, uncommitted=[], records=[], source="",
+        ingested={},
     )  # fmt: skip
     rules = gate.to_register(candidate, config.model_copy(update={"min_energy_margin": 0.6, "min_rankme": 1.0}))
     assert {rule.name for rule in rules if not rule.passed} == {"lineage complete", "card complete"}

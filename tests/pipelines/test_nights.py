@@ -92,8 +92,12 @@ class World:
 
     def kill_job(self) -> None:
         """SIGKILL to the job and to all that it has started."""
-        there = psutil.Process(self.ray.pid).children(recursive=True)
-        job = next(one for one in there if "darkmatter.jobs" in one.cmdline())
+        for job in psutil.Process(self.ray.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # also of those that have ended and are not waited for yet
+                if "darkmatter.jobs" in job.cmdline():
+                    break
+        else:
+            raise AssertionError("no job runs")
         for one in (job, *job.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()

@@ -18,7 +18,7 @@ NAME = "darkmatter-backbone"
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three versions of one file each; 1 and then 2 became champion, and 3 candidate."""
+    """Three versions of one file of weights each; 1 and then 2 became champion, and 3 candidate."""
     import mlflow
 
     monkeypatch.chdir(tmp_path)
@@ -32,6 +32,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder = tmp_path / f"version{version}"
         folder.mkdir()
         (folder / "weights").write_text(f"weights of {version}")
+        function = {"loader_module": "mlflow.pyfunc.loaders.code_model", "model_code_path": "_embedder.py"}
+        mlflow.models.Model(flavors={"python_function": function}).save(str(folder / "MLmodel"))
         tags = {"seal_sha256": seal.write(folder), "weights_sha256": version}
         client.create_model_version(NAME, str(folder), tags=tags)
     aliases.move(NAME, "champion", "1", action="register", reason="there is no champion yet")
@@ -106,6 +108,18 @@ def test_a_version_that_was_tampered_with_is_not_promoted(store: Path) -> None:
     (store / "version3" / "weights").write_text("others")
     with pytest.raises(seal.Broken, match="changed: weights"):
         aliases.promote(NAME, "3", reason="")
+    assert champion() == "2"
+
+
+def test_a_version_that_is_no_model_is_not_promoted(store: Path) -> None:
+    import mlflow
+
+    folder = store / "version4"
+    folder.mkdir()
+    (folder / "weights").write_text("weights of 4")
+    mlflow.MlflowClient().create_model_version(NAME, str(folder), tags={"seal_sha256": seal.write(folder)})
+    with pytest.raises(seal.Broken, match="it has no MLmodel"):
+        aliases.promote(NAME, "4", reason="")
     assert champion() == "2"
 
 

@@ -78,7 +78,7 @@ def test_a_commit_that_no_branch_has_any_more_is_cloned_with_the_params_of_the_v
     git("reset", "-q", "--hard", "HEAD~1")
     monkeypatch.setenv("DVC_EXP_NAME", "trial")
     made = origin(tmp_path, git_commit=commit, computed={**COMPUTED, "workers": [3]})
-    project = reproduce._clone(made, reproduce._require_commit(made), PLACE, tmp_path / "out")
+    project = reproduce._clone(made, reproduce._require_commit(made), PLACE, tmp_path / "out", start=None)
     assert project == tmp_path / "out" / "repository" / "project"
     tree = yaml.safe_load((project / "params.yaml").read_text())
     # The keys of that commit; as many workers as then; nothing that leads to the user's registry.
@@ -94,7 +94,7 @@ def test_code_that_python_finds_elsewhere_is_not_what_is_reproduced(repository: 
     git("commit", "-qam", "no package")
     made = origin(tmp_path, git_commit=git("rev-parse", "HEAD"))
     with pytest.raises(reproduce.NotReproduced, match="Python finds darkmatter in"):
-        reproduce._clone(made, reproduce._require_commit(made), PLACE, tmp_path / "out")
+        reproduce._clone(made, reproduce._require_commit(made), PLACE, tmp_path / "out", start=None)
 
 
 def test_a_command_that_fails_ends_it_with_a_word(tmp_path: Path) -> None:

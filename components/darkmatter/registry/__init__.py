@@ -244,6 +244,8 @@ def _check_form(copy: Path) -> None:
     would unpickle, or whose code it would import from elsewhere; ours runs _embedder.py and nothing else."""
     from mlflow.models import Model
 
+    if not (copy / "MLmodel").is_file():
+        raise seal.Broken(f"{copy.name} is no model of MLflow's (it has no MLmodel). Do not use this version")
     flavors = Model.load(str(copy)).flavors
     ours = flavors.get("python_function", {})
     runs = {
