@@ -4,6 +4,8 @@ import io
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -39,12 +41,26 @@ def views(size: int = 96, count: int = 32, photograph: np.ndarray = PHOTOGRAPH, 
     return policy([content] * count, np.arange(count), seed=0, epoch=0)[0]
 
 
+def changed(change: Callable[..., None], pixels: np.ndarray, *arguments: Any) -> np.ndarray:
+    """What a change in place makes of a copy."""
+    copy = pixels.copy()
+    change(copy, *arguments)
+    return copy
+
+
+def resized(resize: Callable[..., None], pixels: np.ndarray, size: int) -> np.ndarray:
+    out = np.zeros((size, size, pixels.shape[2]), np.uint8)
+    resize(pixels, out)
+    return out
+
+
 @pytest.mark.parametrize("shape", [(375, 500), (500, 375), (64, 640), (640, 64), (7, 5)])
 def test_cuts_have_torchvisions_distribution(shape: tuple[int, int]) -> None:
     """Also where an image is so long that hardly a try fits."""
     count, scale = 3000, (0.08, 1.0)
     draws = Draws.of(seed=0, epoch=0, samples=torch.arange(count), view=0)
-    tries, corners = natural._tries(draws, scale), draws.units(2).tolist()
+    tries = natural._tries(draws, *(torch.full((count,), bound) for bound in scale))
+    corners = draws.units(2).tolist()
     ours = np.array([natural.box(*shape, *one) for one in zip(tries, corners, strict=True)])
     torch.manual_seed(0)
     crop, blank = v2.RandomResizedCrop(8, scale=scale), torch.zeros(1, *shape)
@@ -102,11 +118,13 @@ def test_hue_turns_the_way_torchvisions_does() -> None:
         jittered=torch.ones(2, dtype=torch.bool),
         grey=torch.zeros(2, dtype=torch.bool),
     )
-    right, wrong = (_cpu.map_colour(SMALL, maps) for maps in colours.maps().numpy())
+    right, wrong = (changed(_cpu.map_colour, SMALL, maps) for maps in colours.maps().numpy())
     theirs = np.asarray(reference.adjust_hue(Image.fromarray(SMALL), 0.05))
     assert psnr(right, theirs) > psnr(wrong, theirs) + 3
-    assert psnr(_cpu.turn_hue(SMALL, 0.05), theirs) > 45
-    assert psnr(_cpu.turn_hue(SMALL, -0.05), np.asarray(reference.adjust_hue(Image.fromarray(SMALL), -0.05))) > 45
+    assert psnr(changed(_cpu.turn_hue, SMALL, 0.05), theirs) > 45
+    assert (
+        psnr(changed(_cpu.turn_hue, SMALL, -0.05), np.asarray(reference.adjust_hue(Image.fromarray(SMALL), -0.05))) > 45
+    )
 
 
 def test_folded_steps_are_the_steps_one_after_the_other() -> None:
@@ -143,18 +161,23 @@ def test_folded_steps_are_the_steps_one_after_the_other() -> None:
 def test_resizing_is_pillows_or_near_it(size: int) -> None:
     image = Image.fromarray(PHOTOGRAPH)
     expected = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-    assert psnr(_cpu.resize_exact(PHOTOGRAPH, size), expected) > 55
-    assert psnr(_cpu.resize_fast(PHOTOGRAPH, size), expected) > 24
+    assert psnr(resized(_cpu.resize_exact, PHOTOGRAPH, size), expected) > 55
+    assert psnr(resized(_cpu.resize_fast, PHOTOGRAPH, size), expected) > 24
     larger = np.asarray(image.resize((700, 700), Image.Resampling.BILINEAR))
-    assert psnr(_cpu.resize_exact(PHOTOGRAPH, 700), larger) > 55
-    assert psnr(_cpu.resize_fast(PHOTOGRAPH, 700), larger) > 45
+    assert psnr(resized(_cpu.resize_exact, PHOTOGRAPH, 700), larger) > 55
+    assert psnr(resized(_cpu.resize_fast, PHOTOGRAPH, 700), larger) > 45
+
+
+def test_a_mirrored_image_is_that_image_mirrored() -> None:
+    for pixels in (SMALL, np.ascontiguousarray(SMALL[:, :95]), np.ascontiguousarray(SMALL[..., :1])):
+        assert (changed(_cpu.mirror, pixels) == pixels[:, ::-1]).all()
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_blur_is_torchvisions(sigma: float) -> None:
     tensor = torch.from_numpy(SMALL).permute(2, 0, 1)
     expected = reference.gaussian_blur(tensor, [23, 23], [sigma, sigma]).permute(1, 2, 0).numpy()
-    assert np.abs(_cpu.blur(SMALL, sigma).astype(int) - expected).max() <= 2
+    assert np.abs(changed(_cpu.blur, SMALL, sigma).astype(int) - expected).max() <= 2
 
 
 def test_blur_on_the_device_is_the_same() -> None:
@@ -163,7 +186,7 @@ def test_blur_on_the_device_is_the_same() -> None:
     blurred = (natural._blur(tensor, sigmas, radius=6) * 255).permute(0, 2, 3, 1).numpy()
     assert np.abs(blurred[0] - SMALL).max() < 1e-3
     for index in (1, 2):
-        assert np.abs(blurred[index] - _cpu.blur(SMALL, float(sigmas[index]))).max() < 1.5
+        assert np.abs(blurred[index] - changed(_cpu.blur, SMALL, float(sigmas[index]))).max() < 1.5
 
 
 @pytest.mark.parametrize("engine", ENGINES)

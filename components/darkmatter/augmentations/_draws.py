@@ -36,10 +36,14 @@ class Draws:
         self._count = 0
 
     @classmethod
-    def of(cls, *, seed: int, epoch: int, samples: Int64[Tensor, " batch"], view: int) -> "Draws":
+    def of(
+        cls, *, seed: int, epoch: int, samples: Int64[Tensor, " batch"], view: int | Int64[Tensor, " batch"]
+    ) -> "Draws":
+        """Of one view of all samples, or of one for each."""
         keys = samples
         for part in (seed, epoch, view):
-            keys = _mix(keys * _GOLDEN + _signed(part * 0x9E3779B97F4A7C15 % 2**64) + 1)
+            step = part * _GOLDEN if isinstance(part, Tensor) else _signed(part * _GOLDEN % 2**64)
+            keys = _mix(keys * _GOLDEN + step + 1)
         return cls(keys)
 
     def units(self, count: int) -> Float[Tensor, "batch {count}"]:
@@ -52,5 +56,5 @@ class Draws:
         """float32 in [low, high)."""
         return low + (high - low) * self.units(1)[:, 0]
 
-    def chance(self, probability: float) -> Bool[Tensor, " batch"]:
+    def chance(self, probability: float | Float[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
         return self.uniform() < probability

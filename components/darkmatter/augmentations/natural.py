@@ -4,6 +4,7 @@ The policy of SimCLR (appendix A of https://arxiv.org/abs/2002.05709) by default
 drawn has torchvision's distributions; `engine` says how the pixels are computed, and where.
 """
 
+import collections
 import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -12,13 +13,13 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from pydantic import Field
 from torch import Tensor
 
 from darkmatter import images
 from darkmatter.augmentations import Draws, Prepared, View, Views, ViewsConfig, _cpu
-from darkmatter.augmentations._colour import Colours
+from darkmatter.augmentations._colour import Colours, Maps
 
 _RATIOS = 3 / 4, 4 / 3  # of width to height
 _TRIES = 10
@@ -56,16 +57,16 @@ class Natural(Views):
     def prepare(
         self, contents: Sequence[bytes], samples: Int64[np.ndarray, " batch"], *, seed: int, epoch: int, whole: int
     ) -> Prepared:
-        plan = self.plan(whole)
-        drawn = [_Drawn(self, view, seed, epoch, torch.from_numpy(samples)) for view in plan]
-        done, sizes = [], np.empty((len(contents), 2), np.int64)
+        plan, batch = self.plan(whole), len(contents)
+        drawn = _Drawn(self, plan, seed, epoch, torch.from_numpy(samples))
+        done, sizes = [], np.empty((batch, 2), np.int64)
         for index, content in enumerate(contents):
             pixels = images.decode_own(content)
             sizes[index] = pixels.shape[:2]
             if not index:
-                done = [np.empty((len(contents), view.size, view.size, pixels.shape[2]), np.uint8) for view in plan]
-            for out, one in zip(done, drawn, strict=True):
-                out[index] = one.view(pixels, index)
+                done = _rooms(plan, batch, channels=pixels.shape[2])
+            for number, out in enumerate(done):
+                drawn.view(pixels, number * batch + index, out[index])
         return Prepared(
             pixels=tuple(torch.from_numpy(out).permute(0, 3, 1, 2) for out in done),
             sizes=torch.from_numpy(sizes),
@@ -78,30 +79,42 @@ class Natural(Views):
         views = [pixels.float() / 255 for pixels in prepared.pixels]
         if self.config.engine != "device":
             return tuple(views)
-        return tuple(
-            self._on_device(pixels, _Effects(self, view, seed, epoch, prepared.samples))
-            for pixels, view in zip(views, self.plan(whole), strict=True)
-        )
+        effects = _Effects(self, self.plan(whole), seed, epoch, prepared.samples)
+        each = (one.split(len(prepared.samples)) for one in (effects.colours.maps(), effects.sigma, effects.solarized))
+        return tuple(self._on_device(*one) for one in zip(views, *each, strict=True))
 
-    def _on_device(self, pixels: Tensor, effects: "_Effects") -> Tensor:
+    def _on_device(
+        self,
+        pixels: Float[Tensor, "batch channels _ _"],
+        maps: Maps,
+        sigma: Float[Tensor, " batch"],
+        solarized: Bool[Tensor, " batch"],
+    ) -> Float[Tensor, "batch channels _ _"]:
         mean = pixels.mean((2, 3))
-        a, b = effects.colours.maps().split(3, dim=2)
+        a, b = maps.split(3, dim=2)
         if pixels.shape[1] == 1:
             a, b = _of_grey(a), _of_grey(b)
         lift = torch.einsum("bij,bj->bi", b, mean)
         pixels = (torch.einsum("bij,bjhw->bihw", a, pixels) + lift[:, :, None, None]).clamp(0, 1)
-        pixels = _blur(pixels, effects.sigma, radius=math.ceil(3 * self._sigma[1])).clamp(0, 1)
-        inverted = torch.minimum(pixels, 1 - pixels)
-        return torch.where(effects.solarized[:, None, None, None], inverted, pixels)
+        pixels = _blur(pixels, sigma, radius=math.ceil(3 * self._sigma[1])).clamp(0, 1)
+        return torch.where(solarized[:, None, None, None], torch.minimum(pixels, 1 - pixels), pixels)
 
 
 class _Effects:
-    """What is drawn for one view of each image of a batch, but for the cut."""
+    """What is drawn for the views of the images of a batch, but for the cuts: a row for each image of the first view, then
+    of the second, and so on."""
 
-    def __init__(self, policy: Natural, view: View, seed: int, epoch: int, samples: Int64[Tensor, " batch"]) -> None:
-        config = policy.config
-        kind = 2 if view.local else min(view.number, 1)
-        draws = self.draws = Draws.of(seed=seed, epoch=epoch, samples=samples, view=view.number)
+    def __init__(
+        self, policy: Natural, plan: Sequence[View], seed: int, epoch: int, samples: Int64[Tensor, " batch"]
+    ) -> None:
+        config, batch, device = policy.config, len(samples), samples.device
+
+        def rows(*of_views: float) -> Tensor:
+            return torch.tensor(of_views, device=device).repeat_interleave(batch)
+
+        kinds = [2 if view.local else min(view.number, 1) for view in plan]
+        numbers = rows(*(view.number for view in plan))
+        draws = Draws.of(seed=seed, epoch=epoch, samples=samples.repeat(len(plan)), view=numbers)
         self.colours = Colours.draw(
             draws,
             config.jitter,
@@ -109,27 +122,29 @@ class _Effects:
             grey_probability=config.grey_probability,
         )
         sigma = draws.uniform(*policy._sigma)
-        self.sigma = torch.where(draws.chance(config.blur_probability[kind]), sigma, 0.0)
-        self.solarized = draws.chance(config.solarize_probability[kind])
+        self.sigma = torch.where(draws.chance(rows(*(config.blur_probability[kind] for kind in kinds))), sigma, 0.0)
+        self.solarized = draws.chance(rows(*(config.solarize_probability[kind] for kind in kinds)))
+        self.draws, self.rows = draws, rows
 
 
 class _Drawn:
-    """The same and the cut, as plain numbers, for a loop over the images."""
+    """The same and the cuts, as plain numbers, for a loop over the images."""
 
-    def __init__(self, policy: Natural, view: View, seed: int, epoch: int, samples: Int64[Tensor, " batch"]) -> None:
-        config = policy.config
-        effects = _Effects(policy, view, seed, epoch, samples)
-        areas = (config.local_min_area, config.min_area) if view.local else (config.min_area, 1.0)
-        self.size, self.engine = view.size, config.engine
-        self.tries = _tries(effects.draws, areas)
+    def __init__(
+        self, policy: Natural, plan: Sequence[View], seed: int, epoch: int, samples: Int64[Tensor, " batch"]
+    ) -> None:
+        config, self.engine = policy.config, policy.config.engine
+        effects = _Effects(policy, plan, seed, epoch, samples)
+        areas = [(config.local_min_area, config.min_area) if view.local else (config.min_area, 1.0) for view in plan]
+        self.tries = _tries(effects.draws, *(effects.rows(*bounds) for bounds in zip(*areas, strict=True)))
         self.corners = effects.draws.units(2).tolist()
         self.mirrored = effects.draws.chance(0.5).tolist()
-        if config.engine == "device":
+        if self.engine == "device":
             return
         colours = effects.colours
         self.sigma, self.solarized = effects.sigma.tolist(), effects.solarized.tolist()
         self.jittered, self.grey = colours.jittered.tolist(), colours.grey.tolist()
-        if config.engine == "fast":
+        if self.engine == "fast":
             self.maps = [colours.maps().numpy()]
             return
         places, hue = torch.arange(4), colours.place_of_hue
@@ -137,39 +152,50 @@ class _Drawn:
         self.maps = [colours.maps(before, grey=False).numpy(), colours.maps(after).numpy()]
         self.place_of_hue, self.turns = hue.tolist(), colours.factors[:, 3].tolist()
 
-    def view(self, pixels: _cpu.Pixels, index: int) -> _cpu.Pixels:
-        top, left, height, width = box(pixels.shape[0], pixels.shape[1], self.tries[index], self.corners[index])
+    def view(self, image: _cpu.Pixels, row: int, out: _cpu.Pixels) -> None:
+        """Of an image to `out`."""
+        top, left, height, width = box(image.shape[0], image.shape[1], self.tries[row], self.corners[row])
         resize = _cpu.resize_exact if self.engine == "exact" else _cpu.resize_fast
-        pixels = resize(pixels[top : top + height, left : left + width], self.size)
-        if self.mirrored[index]:
-            pixels = cv2.flip(pixels, 1).reshape(pixels.shape)
+        resize(image[top : top + height, left : left + width], out)
+        if self.mirrored[row]:
+            _cpu.mirror(out)
         if self.engine == "device":
-            return pixels
-        if self.jittered[index] or self.grey[index]:
-            pixels = self._colour(pixels, index)
-        if self.sigma[index] > 0:
-            pixels = _cpu.blur(pixels, self.sigma[index])
-        return _cpu.solarize(pixels) if self.solarized[index] else pixels
+            return
+        if self.jittered[row] or self.grey[row]:
+            self._colour(out, row)
+        if self.sigma[row] > 0:
+            _cpu.blur(out, self.sigma[row])
+        if self.solarized[row]:
+            _cpu.solarize(out)
 
-    def _colour(self, pixels: _cpu.Pixels, index: int) -> _cpu.Pixels:
+    def _colour(self, pixels: _cpu.Pixels, row: int) -> None:
         if pixels.shape[2] == 1:
             for maps in self.maps:
-                pixels = _cpu.map_grey(pixels, maps[index])
-            return pixels
+                _cpu.map_grey(pixels, maps[row])
+            return
         if self.engine == "fast":
-            return _cpu.map_colour(pixels, self.maps[0][index])
-        if self.jittered[index]:
-            if self.place_of_hue[index] > 0:
-                pixels = _cpu.map_colour(pixels, self.maps[0][index])
-            pixels = _cpu.turn_hue(pixels, self.turns[index])
-        if self.grey[index] or self.place_of_hue[index] < 3:
-            pixels = _cpu.map_colour(pixels, self.maps[1][index])
-        return pixels
+            _cpu.map_colour(pixels, self.maps[0][row])
+            return
+        if self.jittered[row]:
+            if self.place_of_hue[row] > 0:
+                _cpu.map_colour(pixels, self.maps[0][row])
+            _cpu.turn_hue(pixels, self.turns[row])
+        if self.grey[row] or self.place_of_hue[row] < 3:
+            _cpu.map_colour(pixels, self.maps[1][row])
 
 
-def _tries(draws: Draws, areas: tuple[float, float]) -> list[list[tuple[float, float]]]:
+def _rooms(plan: Sequence[View], batch: int, *, channels: int) -> list[UInt8[np.ndarray, "{batch} _ _ {channels}"]]:
+    """For the pixels of each view. Those of one size are parts of one array, for which NumPy asks the system for large pages:
+    a batch of two views is made in a tenth less time (measured)."""
+    sizes = collections.Counter(view.size for view in plan)
+    return [room for size, count in sizes.items() for room in np.empty((count, batch, size, size, channels), np.uint8)]
+
+
+def _tries(
+    draws: Draws, least: Float[Tensor, " batch"], most: Float[Tensor, " batch"]
+) -> list[list[tuple[float, float]]]:
     """Of each image, areas relative to it and ratios of width to height, the first of which that fits is taken."""
-    area = areas[0] + (areas[1] - areas[0]) * draws.units(_TRIES)
+    area = least[:, None] + (most - least)[:, None] * draws.units(_TRIES)
     low, high = (math.log(ratio) for ratio in _RATIOS)
     ratio = torch.exp(low + (high - low) * draws.units(_TRIES))
     return [list(zip(*row, strict=True)) for row in torch.stack([area, ratio], 1).tolist()]
