@@ -185,8 +185,8 @@ class _Drawn:
 
 
 def _rooms(plan: Sequence[View], batch: int, *, channels: int) -> list[UInt8[np.ndarray, "{batch} _ _ {channels}"]]:
-    """For the pixels of each view. Those of one size are parts of one array, for which NumPy asks the system for large pages:
-    a batch of two views is made in a tenth less time (measured)."""
+    """For the pixels of each view. Those of one size are parts of one array, for which NumPy asks the system for large
+    pages: a batch of two views is made in a tenth less time (measured)."""
     sizes = collections.Counter(view.size for view in plan)
     return [room for size, count in sizes.items() for room in np.empty((count, batch, size, size, channels), np.uint8)]
 
