@@ -36,7 +36,7 @@ from darkmatter.training.checkpoint import Checkpoints, Saver
 from data import PAGE, make_training_set, replace_section
 from objectives import LIGHTLY, OPTIONS
 
-BATCH, SIZE, LOCAL = 32, 96, 40
+BATCH, SIZE, LOCAL = 32, 96, 48  # patches of 16 pixels fit into both
 SKIPPED, COUNTED = 6, 6  # steps of a turn; while a side waits for its turn it loads ahead, for five steps at most
 METHODS = ("simclr", "vicreg", "byol", "dino", "swav", "mae")
 #: Our policy with the numbers of lightly's transform of the same name.

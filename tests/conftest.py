@@ -3,13 +3,17 @@
 import gc
 import os
 import secrets
+import shutil
 import socket
+import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
+
+ROOT = Path(__file__).parent.parent
 
 # Before anything of darkmatter is imported: shapes in public signatures are checked under pytest, and only there.
 install_import_hook("darkmatter", "shape_checks.check")
@@ -103,6 +107,16 @@ def augment_config(**changes: object) -> "training_set.AugmentConfig":  # type: 
 
     values = {"image_size": 28, "channels": 1, "max_side": 28, "encoding": "png", "views": {"name": "glyphs"}}
     return training_set.AugmentConfig(**{**values, **changes})
+
+
+def copy_repository(folder: Path, *, results: bool = False) -> None:
+    """This repository's files as they are, committed or not; `results` are dvc.lock and metrics."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    answer = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, answer.split("\0")):
+        if (ROOT / name).is_file() and (results or not name.startswith(("metrics/", "dvc.lock"))):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
 
 
 def free_port() -> int:

@@ -28,6 +28,7 @@ from PIL import Image, PngImagePlugin
 
 import s3
 import servers
+from conftest import copy_repository
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.cluster
@@ -90,17 +91,7 @@ def world() -> Iterator[World]:
 
 def _repository(world: World) -> None:
     """A copy of this one's files, with pictures full of secrets and a training of seconds."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split("\n")
-    for name in filter(None, listed):
-        if (ROOT / name).is_file() and not name.startswith(("metrics/", "dvc.lock")):
-            (world.repository / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, world.repository / name)
+    copy_repository(world.repository)
     _pictures(world.root / "source", world.canaries)
     path = world.repository / "params.yaml"
     tree = yaml.safe_load(path.read_text())

@@ -173,6 +173,9 @@ def test_each_night_does_what_is_new_and_the_branch_tells_it(toy: Toy, capfd: py
     assert (fourth.kind, jobs.STATUS[fourth.kind], fourth.version) == ("refused", 3, None)
     assert "half of it is corrupt" in fourth.reason
     assert toy.log()[0].endswith(": refused")
+    fifth = toy.job()
+    assert (fifth.kind, fifth.rules_failed) == ("refused", ["data as before"]), "asking again does not make it good"
+    assert fifth.reason.startswith("nothing has changed since the gate refused it. data as before: half")
     runs = [line.rpartition(" ")[2] for line in toy.log() if line.startswith("Run of")]
     assert runs == ["refused", "candidate", "data", "champion", "data"]
 

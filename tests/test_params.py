@@ -101,6 +101,32 @@ def test_small_views_for_a_method_that_takes_none_are_refused() -> None:
     recipe.check({**right, "augment": {**right["augment"], "views": views}, "objective": {"name": "swav"}})
 
 
+@pytest.mark.parametrize(
+    ("model", "size", "scale", "wrong"),
+    [
+        ("vit_tiny_patch16_224", 100, 0.5, 100),
+        ("vit_tiny_patch16_224", 96, 3 / 7, 41),
+        ("mixer_s32_224", 96, 0.5, 96),
+        ("vit_tiny_patch16_224", 96, 0.5, None),
+        ("resnet10t", 50, 0.3, None),
+    ],
+)
+def test_sizes_that_the_backbone_does_not_take_are_refused(
+    model: str, size: int, scale: float, wrong: int | None
+) -> None:
+    right = tree()
+    views = {"name": "natural", "natural": {"local_views": 2, "local_scale": scale}}
+    augment = {**right["augment"], "views": views, "image_size": size}
+    changed = {
+        **right, "augment": augment, "backbone": {"name": "timm", "timm": {"model": model}}, "objective": {"name": "dino"},
+    }  # fmt: skip
+    if wrong is None:
+        recipe.check(changed)
+    else:
+        with pytest.raises(params.ParamsError, match=f"takes no images of {wrong} pixels .*change augment.image_size"):
+            recipe.check(changed)
+
+
 def test_a_file_of_the_place_wins_and_all_else_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "cluster.yaml"
     other.write_text("storage: s3://bucket/checkpoints\nworkers: [2, 4]\n")

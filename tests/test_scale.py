@@ -26,7 +26,7 @@ def test_a_plan_by_hand() -> None:
     assert found.data_limit == min(1e9 / 2 / 1e5, 4e8 / 1e5) == 4000  # each card must take all of it
     assert found.read_per_machine == 4e8 and found.read_of_store == 8e8
     assert found.stored == 1e11 and found.shards == 1000 and found.cache_per_machine == 2 * 10 * 1000 * 1e5
-    assert found.cores_per_gpu == pytest.approx(500 / (100 * 1.69 / 2))
+    assert found.cores_per_gpu == pytest.approx(500 / (100 * 1.76 / 2))
     assert found.checkpoint == 1.2e9 and found.mean_time_between == 86400
     assert found.wall == pytest.approx(2500, rel=0.02)  # half the rate, and hardly a failure in that time
     apart = scale.size(dataclasses.replace(plan, each_reads_all=False))

@@ -208,19 +208,20 @@ class _Job:
             reason = f"{ended['stage']}: {ended['message']}" if ended else "a stage ended without a word; see the log"
             return Outcome(kind="failed", reason=reason, **common)
         decision = self._metrics("register")
-        if self._lock().get("register") == before.get("register"):
-            version = decision.get("version")
-            last = f"version {version}" if version else "no version, the gate refused it"
-            return Outcome(kind="nothing new", reason=f"nothing has changed since {last}", version=version, **common)
-        rules = decision["rules"]
+        version, rules = decision.get("version"), decision["rules"]
+        unchanged = self._lock().get("register") == before.get("register")
+        if unchanged and version is not None:
+            reason = f"nothing has changed since version {version}"
+            return Outcome(kind="nothing new", reason=reason, version=version, **common)
         failed = [name for name, rule in rules.items() if not rule["passed"]]
         why = "; ".join(f"{name}: {rules[name]['reason']}" for name in failed)
-        common |= {"version": decision["version"], "rules_failed": failed}
-        if decision["version"] is None:
-            return Outcome(kind="refused", reason=f"the gate refused it. {why}", **common)
+        common |= {"version": version, "rules_failed": failed}
+        if version is None:  # as well when it was refused before: what is wrong does not pass by asking again
+            since = "nothing has changed since the gate refused it" if unchanged else "the gate refused it"
+            return Outcome(kind="refused", reason=f"{since}. {why}", **common)
         if "champion" in decision["alias"]:
-            return Outcome(kind="champion", reason=f"version {decision['version']} is the champion", **common)
-        return Outcome(kind="candidate", reason=f"version {decision['version']} is registered. {why}", **common)
+            return Outcome(kind="champion", reason=f"version {version} is the champion", **common)
+        return Outcome(kind="candidate", reason=f"version {version} is registered. {why}", **common)
 
     def _keep(self, kind: str, reason: str) -> bool:
         """What was made goes to DVC's remote, and then a commit to the branch: the code that ran, dvc.lock and metrics."""

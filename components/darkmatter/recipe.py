@@ -53,8 +53,11 @@ def check(tree: Mapping[str, Mapping[str, Any]]) -> None:
         num_samples=pretrain.batch_size,
     )
     objective = model.build(spec, seed=0)
-    if choose_views(augment.views, augment).num_local_views and not objective.takes_local_views:
+    views = choose_views(augment.views, augment)
+    if views.num_local_views and not objective.takes_local_views:
         name = augment.views["name"]
         raise ParamsError(
             f"augment.views.{name}.local_views: objective {tree['objective']['name']} takes whole views only; set it to 0"
         )
+    for view in views.plan(0)[:1]:
+        objective.backbone.probe(view.size)

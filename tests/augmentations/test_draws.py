@@ -32,6 +32,14 @@ def test_a_stream_depends_on_seed_epoch_sample_and_view_and_on_nothing_else() ->
         assert not (Draws.of(**{**base, **change}, samples=samples).uniform() == whole).any()
 
 
+def test_views_that_are_drawn_together_are_those_drawn_alone() -> None:
+    samples = torch.arange(5)
+    together = Draws.of(seed=1, epoch=2, samples=samples.repeat(3), view=torch.tensor([0, 1, 7]).repeat_interleave(5))
+    alone = [Draws.of(seed=1, epoch=2, samples=samples, view=view) for view in (0, 1, 7)]
+    for _ in range(2):
+        assert torch.equal(together.units(3), torch.cat([one.units(3) for one in alone]))
+
+
 def test_numbers_are_uniform_and_independent() -> None:
     draws = Draws.of(seed=0, epoch=0, samples=torch.arange(100_000), view=0)
     first, second = draws.uniform(), draws.uniform()

@@ -217,6 +217,19 @@ def test_fast_and_device_give_the_same_views() -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_view_is_the_same_whatever_is_drawn_beside_it(engine: str) -> None:
+    """Of other images, and other views of the same image."""
+    contents = [images.encode(one, max_side=96, channels=3, encoding="png") for one in (SMALL, VIVID)]
+    options = {"engine": engine, "blur_probability": [0.5] * 3, "solarize_probability": [0.5] * 3}
+    policy = natural.build(natural.Config(**options, local_views=3), image_size=64, max_side=96)
+    alone = natural.build(natural.Config(**options, local_views=1), image_size=64, max_side=96)
+    many = policy(contents * 2, np.array([3, 8, 4, 9]), seed=0, epoch=5)
+    few = alone(contents[1:], np.array([8]), seed=0, epoch=5)
+    for here, there in zip(few, (many[0], many[1], many[2]), strict=True):
+        torch.testing.assert_close(here[0], there[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_grey_image_gets_what_a_colour_image_without_colour_gets(engine: str) -> None:
     grey = cv2.cvtColor(SMALL, cv2.COLOR_RGB2GRAY)
     alone = views(64, 24, grey, engine=engine)

@@ -20,6 +20,7 @@ import yaml
 
 import s3
 import servers
+from conftest import copy_repository
 
 pytestmark = pytest.mark.cluster
 
@@ -177,17 +178,7 @@ def world() -> Iterator[World]:
 def _make_repository(world: World) -> None:
     """This repository's files as they are, with params for a training of seconds, and one commit."""
     work = world.folder / "work"
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split("\n")
-    for name in filter(None, listed):
-        if (ROOT / name).is_file():
-            (work / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, work / name)
+    copy_repository(work, results=True)
     tree = yaml.safe_load((work / "params.yaml").read_text())
     tree["source"] = {"uri": f"folder:{world.photos}", "labels": True}
     tree["ingest"] |= {"samples_per_shard": 128, "test_fraction": 0.25}

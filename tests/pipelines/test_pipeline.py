@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conftest import copy_repository
 from darkmatter import files, model
 from darkmatter.registry import register, reproduce
 from darkmatter.training.history import read as read_history
@@ -52,17 +53,7 @@ class Repository:
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     """A copy of this repository's files as they are, committed, with params for a training of seconds."""
     folder = tmp_path_factory.mktemp("pipeline") / "repository"
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split("\n")
-    for name in filter(None, listed):
-        if (ROOT / name).is_file() and not name.startswith(("metrics/", "dvc.lock")):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+    copy_repository(folder)
     made = Repository(folder)
     made.change(
         backbone={"small_conv": {"width": 8}},

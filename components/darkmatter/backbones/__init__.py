@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from darkmatter.params import ParamsError
+
 Images = Float[Tensor, "batch channels size size"]
 
 
@@ -35,7 +37,7 @@ class Backbone(nn.Module):
         # timm's plain vision transformers can leave hidden patches out instead of computing them.
         self.drops_patches = any(base.__name__ == "VisionTransformer" for base in type(network).__mro__)
         with torch.no_grad():
-            _, patches, self.token_features = self._probe().shape
+            _, patches, self.token_features = self.probe(image_size).shape
         self.grid = round(patches**0.5)
         """Patches along each side."""
 
@@ -75,7 +77,7 @@ class Backbone(nn.Module):
         DistributedDataParallel refuses parameters that no gradient reaches.
         """
         parameters = list(self.network.parameters())
-        tokens = self._probe()
+        tokens = self.probe(self.image_size)
         gradients = torch.autograd.grad(tokens.sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
@@ -108,12 +110,23 @@ class Backbone(nn.Module):
         x = network.norm(network.blocks(network.norm_pre(x)))  # type: ignore[operator]
         return x[:, prefix:]  # type: ignore[misc]
 
-    def _probe(self) -> Tensor:
-        training, size = self.network.training, self.image_size
+    def probe(self, size: int) -> Float[Tensor, "1 patches tokens"]:
+        """The patches of one blank image of so many pixels a side.
+
+        Raises:
+            ParamsError: the network takes no images of that size.
+        """
+        training = self.network.training
         self.network.eval()
-        tokens = self.patches(torch.zeros(1, self.channels, size, size))
-        self.network.train(training)
-        return tokens
+        try:
+            return self.patches(torch.zeros(1, self.channels, size, size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ParamsError(
+                f"the backbone takes no images of {size} pixels ({error}); change augment.image_size, or local_scale of "
+                "augment.views where small views are meant"
+            ) from error
+        finally:
+            self.network.train(training)
 
 
 def pick(
