@@ -332,7 +332,7 @@ def _limits(images: float) -> str:
         "| --- | --- |",
         f"| ingest of 1% more files: 154 s, most of it for what is known | {night / 3600:.0f} hours a night |",
         f"| a reader adds 98 MiB to each process | {index / 1e9:.0f} GB for each rank |",
-        f"| packing: {rate:,.0f} files a CPU second | {images / rate / 3600:.0f} CPU hours, once, on as many machines as there are |",
+        f"| packing: {rate:,.0f} files a CPU second | {images / rate / 3600:.0f} CPU hours, once, on all machines |",
     ]) + "\n"  # fmt: skip
 
 

@@ -216,28 +216,54 @@ class Side:
         self._process.wait()
 
 
-def beside_lightly(folder: Path, backbones: dict[str, str], rounds: int) -> list[str]:
-    """One table: from memory and from shards, every method."""
-    lines = [
-        "| method | backbone | images | ours / s | lightly's / s | ratio | of all rounds | MiB | lightly's |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for method, backbone in backbones.items():
+def beside_lightly(folder: Path, pairs: Sequence[tuple[str, str]], rounds: int, *, missing: bool) -> None:
+    """From memory and from shards, each method on its backbone; a row is on the page as soon as it is measured."""
+    for method, backbone in pairs:
         for source in ("memory", "shards"):
+            if missing and (method, backbone, source) in rows_there():
+                continue
             sides = [Side(side, method, backbone, source, str(folder)) for side in ("darkmatter", "lightly")]
             for side in sides:
                 side.turn()  # what is compiled, cached and started at first
-            pairs = [[side.turn() for side in sides] for _ in range(rounds)]
+            turns = [[side.turn() for side in sides] for _ in range(rounds)]
             for side in sides:
                 side.end()
-            ratios = [ours / other for ours, other in pairs]
-            ours, other = (statistics.median(column) for column in zip(*pairs, strict=True))
-            lines.append(
+            ratios = [ours / other for ours, other in turns]
+            ours, other = (statistics.median(column) for column in zip(*turns, strict=True))
+            row = (
                 f"| `{method}` | {backbone} | {source} | {ours:.1f} | {other:.1f} | {statistics.median(ratios):.2f} | "
-                f"{min(ratios):.2f} to {max(ratios):.2f} | {sides[0].mebibytes:,.0f} | {sides[1].mebibytes:,.0f} |"
+                f"{min(ratios):.2f} to {max(ratios):.2f} | {sides[0].mebibytes:,.0f} | {sides[1].mebibytes:,.0f} | "
+                f"{datetime.date.today()} |"
             )
-            print(lines[-1], flush=True)
-    return lines
+            print(row, flush=True)
+            put_row(row, (method, backbone, source), rounds)
+
+
+_STEP_TITLE = "## A step beside lightly's"
+_STEP_HEAD = [
+    "| method | backbone | images | ours / s | lightly's / s | ratio | of all rounds | MiB | lightly's | measured |",
+    "| --- " * 10 + "|",
+]
+
+
+def put_row(row: str, what: tuple[str, str, str], rounds: int) -> None:
+    """In place of the one that is there, or at the end."""
+    rows = {**rows_there(), what: row}
+    about = (
+        f"`make bench-training`, torch {torch.__version__}, two cores and threads: batches of {BATCH}, views of {SIZE} "
+        f"pixels (small ones of {LOCAL}), float32, AdamW, lightly 1.6.0; medians of {rounds} rounds in turns, "
+        f"each of {COUNTED} steps. `memory`: the same views at every step, so the arithmetic alone; `shards`: from JPEGs "
+        "of at most 128 pixels, ours in tars, lightly's in files read by two loader processes. MiB: of all processes of a "
+        "side, what they share counted once."
+    )
+    replace_section(PAGE, _STEP_TITLE, [about, "", *_STEP_HEAD, *rows.values()])
+
+
+def rows_there() -> dict[tuple[str, ...], str]:
+    """Of the page, by method, backbone and source."""
+    _, _, section = PAGE.read_text().partition(_STEP_TITLE + "\n")
+    rows = (line for line in section.partition("\n## ")[0].splitlines() if line.startswith("| `"))
+    return {tuple(cell.strip(" `") for cell in row.split("|")[1:4]): row for row in rows}
 
 
 def prepare(images: str, folder: Path) -> None:
@@ -311,6 +337,7 @@ def main() -> None:
     parser.add_argument("images", help="folder:/data/photos, or another source of colour images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--method", action="append", choices=METHODS)
+    parser.add_argument("--missing", action="store_true", help="only the rows that are not on the page yet")
     arguments = parser.parse_args()
     today, version = datetime.date.today(), torch.__version__
     with tempfile.TemporaryDirectory() as name:
@@ -318,18 +345,9 @@ def main() -> None:
         with cluster.session():
             prepare(arguments.images, folder)
         methods = arguments.method or METHODS
-        large = {name: "vit_tiny_patch16_224" if name in ("mae", "dino") else "resnet18" for name in methods}
-        small = {name: "small_conv" for name in methods if name != "mae"}  # lightly's needs a transformer
-        lines = beside_lightly(folder, large, arguments.rounds)
-        lines += beside_lightly(folder, small, arguments.rounds)[2:]
-    about = (
-        f"`make bench-training`, {today}, torch {version}, two cores and threads: batches of {BATCH}, views of {SIZE} "
-        f"pixels (small ones of {LOCAL}), float32, AdamW, lightly 1.6.0; medians of {arguments.rounds} rounds in turns, "
-        f"each of {COUNTED} steps. `memory`: the same views at every step, so the arithmetic alone; `shards`: from JPEGs "
-        "of at most 128 pixels, ours in tars, lightly's in files read by two loader processes. MiB: of all processes of a "
-        "side, what they share counted once."
-    )
-    replace_section(PAGE, "## A step beside lightly's", [about, "", *lines])
+        large = [(name, "vit_tiny_patch16_224" if name in ("mae", "dino") else "resnet18") for name in methods]
+        small = [(name, "small_conv") for name in methods if name != "mae"]  # lightly's needs a transformer
+        beside_lightly(folder, [*large, *small], arguments.rounds, missing=arguments.missing)
     torch.set_num_threads(1)
     about = (
         f"`make bench-training`, {today}, torch {version}, one thread, {arguments.rounds} "
