@@ -141,8 +141,8 @@ class Ledger:
     def note(self, found: Iterable[tuple[str, str | None, str | None, int | None, str | None, str | None]]) -> None:
         """(name, sha256, extension, fingerprint, reason, detail) of items that were looked at."""
         self._many(
-            "UPDATE files SET sha256 = ?2, extension = ?3, fingerprint = ?4, reason = ?5, detail = ?6 WHERE name = ?1",
-            ((os.fsencode(name), *rest) for name, *rest in found),
+            "UPDATE files SET sha256 = ?, extension = ?, fingerprint = ?, reason = ?, detail = ? WHERE name = ?",
+            ((*rest, os.fsencode(name)) for name, *rest in found),
         )
         self._database.commit()
 

@@ -29,6 +29,7 @@ def predicted(method: Objective, **options: Any) -> memory.Prediction:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_kept_of_a_batch_is_predicted_from_a_few_samples(name: str) -> None:
+    torch.manual_seed(0)
     method = objective(name).float()
     before = {key: value.clone() for key, value in method.state_dict().items()}
     prediction = predicted(method)
@@ -36,8 +37,9 @@ def test_what_is_kept_of_a_batch_is_predicted_from_a_few_samples(name: str) -> N
     torch.manual_seed(0)
     images = [view.float() for view in views(NUM_SAMPLES, like=method)]
     measured = memory.kept(method, images, torch.arange(NUM_SAMPLES))
-    # 8 steps of I-JEPA draw masks of other sizes; all else is a polynomial of the batch.
-    assert prediction.need(NUM_SAMPLES).activations == pytest.approx(measured, rel=0.15 if name == "ijepa" else 0.01)
+    # Steps of I-JEPA and iBOT draw masks of other sizes; all else is a polynomial of the batch.
+    near = 0.15 if name in ("ijepa", "ibot") else 0.01
+    assert prediction.need(NUM_SAMPLES).activations == pytest.approx(measured, rel=near)
 
 
 def test_weights_gradients_and_moments_are_counted_once_each() -> None:
