@@ -7,6 +7,7 @@ and one thread. The speed is that of the history's rows, without the first, whic
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -22,12 +23,13 @@ from unittest import mock
 
 import torch
 
-from darkmatter import cluster
+from darkmatter import cluster, shards
 from darkmatter.training import PretrainConfig, history, pretrain
 from data import PAGE, replace_section
 from training import prepare, specification
 
 BATCH, ROW = 32, 5  # images a step; steps a row of the history
+SHARDS = 16  # of 64 images, so that an epoch has 32 steps
 SIDES = {"Ray, 2 workers": (2, False), "torchrun, 2 workers": (2, True), "Ray, 1 worker": (1, False)}
 
 
@@ -87,12 +89,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", help="folder:/data/photos, or another source of colour images")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=1)
     arguments = parser.parse_args()
     found: dict[str, list[float]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as name, cluster.session():
         folder = Path(name)
         prepare(arguments.images, folder)
+        manifest = shards.Manifest.load(folder / "train")
+        dataclasses.replace(manifest, shards=manifest.shards[:SHARDS]).save(folder / "train")
         for _ in range(arguments.rounds):
             for side, (workers, torchrun) in SIDES.items():
                 found[side].append(speed(folder, workers, torchrun, arguments.epochs))
