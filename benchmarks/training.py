@@ -109,7 +109,8 @@ class InMemory:
         return self.views
 
     def __call__(self, contents: Sequence[bytes], samples: Any, **_: Any) -> Sequence[Tensor]:
-        return [view[:2] for view in self.views]
+        few = [view[:2] for view in self.views]
+        return few if len(few) > 1 else few * 2  # a look at the health takes two
 
 
 def some_views(method: str) -> list[Tensor]:
