@@ -71,20 +71,21 @@ def train(folder: Path, spec: model.ModelSpec, config: PretrainConfig, out: Path
 def pretraining(*, seed: int, epochs: int, batch_size: int, save_every: int = 10**9, **changes: Any) -> PretrainConfig:
     """AdamW as in params.yaml; nothing stops it."""
     values = {
-        "accumulate": 1, "shuffle_shards": 0, "optimizer": "adamw", "learning_rate": 0.004, "warmup_epochs": 1,
-        "layer_decay": 1.0, "weight_decay": 0.05, "weight_decay_end": 0.05, "clip_norm": 0.0, "log_every": 10**9,
-        "health_every": 10**9, "min_energy_margin": 0.0,
+        "warm_start": "", "accumulate": 1, "shuffle_shards": 0, "optimizer": "adamw", "learning_rate": 0.004,
+        "warmup_epochs": 1, "layer_decay": 1.0, "weight_decay": 0.05, "weight_decay_end": 0.05, "clip_norm": 0.0,
+        "log_every": 10**9, "health_every": 10**9, "min_energy_margin": 0.0,
     }  # fmt: skip
     return PretrainConfig(
         seed=seed, epochs=epochs, batch_size=batch_size, save_every=save_every, **{**values, **changes}
     )
 
 
-def place(folder: Path) -> cluster.PlaceConfig:
-    """For evaluation on this machine."""
-    return cluster.PlaceConfig(
-        workers=1, cpus_per_worker=1, gpu=False, compile=False, activation_checkpointing=False, fsdp=False,
-        storage=str(folder / "storage"), data="", cache=str(folder / "cache"), features=str(folder / "features"),
-        cache_gibibytes=1.0, mlflow=f"sqlite:///{folder}/mlflow.db", signing_key="", max_restarts=0, stall_seconds=600.0,
-        keep_checkpoints=1,
-    )  # fmt: skip
+def place(folder: Path, **changes: Any) -> cluster.PlaceConfig:
+    """This machine, all of it below a folder; for evaluation, unless there are changes."""
+    values = {
+        "workers": 1, "cpus_per_worker": 1, "gpu": False, "compile": False, "activation_checkpointing": False,
+        "fsdp": False, "storage": str(folder / "storage"), "data": "", "cache": str(folder / "cache"),
+        "features": str(folder / "features"), "cache_gibibytes": 1.0, "dvc": "", "mlflow": f"sqlite:///{folder}/mlflow.db",
+        "signing_key": "", "max_restarts": 0, "stall_seconds": 600.0, "keep_checkpoints": 1,
+    }  # fmt: skip
+    return cluster.PlaceConfig(**{**values, **changes})

@@ -27,11 +27,12 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+import in_process
 from darkmatter import cluster, model, shards, sources, training_set
 from darkmatter.augmentations import Prepared
 from darkmatter.beside import beside
 from darkmatter.stream import Batch, Stream
-from darkmatter.training import PretrainConfig, loop, optimizers
+from darkmatter.training import loop, optimizers
 from darkmatter.training.checkpoint import Checkpoints, Saver
 from data import PAGE, make_training_set, replace_section
 from objectives import LIGHTLY, OPTIONS
@@ -124,12 +125,7 @@ def some_views(method: str) -> list[Tensor]:
 def train_ours(method: str, backbone: str, source: str, folder: Path, turns: Turns) -> None:
     spec = specification(method, backbone, folder)
     objective = model.build(spec, seed=0)
-    config = PretrainConfig(
-        seed=0, warm_start="", epochs=10**6, batch_size=BATCH, accumulate=1, shuffle_shards=0,
-        optimizer="adamw", learning_rate=0.0001,
-        warmup_epochs=1, layer_decay=1.0, weight_decay=0.05, weight_decay_end=0.05, clip_norm=0.0, log_every=50,
-        save_every=10**9, health_every=10**9, min_energy_margin=0.0,
-    )  # fmt: skip
+    config = in_process.pretraining(seed=0, epochs=10**6, batch_size=BATCH, learning_rate=0.0001, log_every=50)
     views = training_set.choose_views(spec.views, spec.images)
     load = functools.partial(views.prepare, seed=0, whole=objective.num_views)
     turns.step()

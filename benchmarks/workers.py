@@ -23,8 +23,9 @@ from unittest import mock
 
 import torch
 
+import in_process
 from darkmatter import cluster, shards
-from darkmatter.training import PretrainConfig, history, pretrain
+from darkmatter.training import history, pretrain
 from data import PAGE, replace_section
 from training import prepare, specification
 
@@ -36,17 +37,10 @@ SIDES = {"Ray, 2 workers": (2, False), "torchrun, 2 workers": (2, True), "Ray, 1
 def speed(folder: Path, workers: int, torchrun: bool, epochs: int) -> float:
     """Images a second, once it runs."""
     with tempfile.TemporaryDirectory() as name:
-        place = cluster.PlaceConfig(
-            workers=workers, cpus_per_worker=1, gpu=False, compile=False, activation_checkpointing=False, fsdp=False,
-            storage=name, data="", cache=f"{name}/cache", features=f"{name}/features", cache_gibibytes=1.0,
-            dvc="", mlflow=f"sqlite:///{name}/mlflow.db", signing_key="", max_restarts=0, stall_seconds=600.0,
-            keep_checkpoints=1,
-        )  # fmt: skip
-        config = PretrainConfig(
-            seed=0, warm_start="", epochs=epochs, batch_size=BATCH, accumulate=1, shuffle_shards=0, optimizer="adamw",
-            learning_rate=0.0001, warmup_epochs=0, layer_decay=1.0, weight_decay=0.05, weight_decay_end=0.05,
-            clip_norm=0.0, log_every=ROW, save_every=10**9, health_every=10**9, min_energy_margin=0.0,
-        )  # fmt: skip
+        place = in_process.place(Path(name), workers=workers)
+        config = in_process.pretraining(
+            seed=0, epochs=epochs, batch_size=BATCH, learning_rate=0.0001, warmup_epochs=0, log_every=ROW
+        )
         launcher = under_torchrun if torchrun else cluster.train
         with mock.patch.object(cluster, "train", launcher):
             pretrain.pretrain(
@@ -57,7 +51,7 @@ def speed(folder: Path, workers: int, torchrun: bool, epochs: int) -> float:
                 out=Path(name) / "model",
                 plot=Path(name) / "history.csv",
             )
-        (run,) = Path(name).glob("pretrain-*")
+        (run,) = Path(name).glob("storage/pretrain-*")
         # The last row has a look at the health in it.
         return statistics.median(row["images_per_second"] for row in history.read(str(run))[1:-1])
 

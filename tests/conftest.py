@@ -1,6 +1,7 @@
 """What tests share: shape checking, small real data, a Ray of their own."""
 
 import gc
+import importlib.util
 import os
 import secrets
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from jaxtyping import install_import_hook
@@ -117,6 +119,16 @@ def copy_repository(folder: Path, *, results: bool = False) -> None:
         if (ROOT / name).is_file() and (results or not name.startswith(("metrics/", "dvc.lock"))):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+
+
+def script(path: str) -> ModuleType:
+    """A script of this repository, which is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
 
 
 def free_port() -> int:

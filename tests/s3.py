@@ -105,14 +105,22 @@ class Line:
                 client.sendall(answer)
 
 
+def environment(port: int, *, key: str, secret: str, host: str = "127.0.0.1") -> dict[str, str]:
+    """In which `s3://` means this server, whatever accounts the user has."""
+    return {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": "/nonexistent",
+        "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
+    }
+
+
 def use(monkeypatch: pytest.MonkeyPatch, port: int, *, key: str = KEY, secret: str = SECRET) -> None:
     """From here on `s3://` means this server."""
     from darkmatter import remote
 
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    for name, value in environment(port, key=key, secret=secret).items():
+        monkeypatch.setenv(name, value)
     remote._opened.cache_clear()

@@ -33,15 +33,14 @@ CLEAN = {
 }
 
 
+#: For Git, which asks who commits.
+IDENTITY = {f"GIT_{who}_{what}": "n@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+
 def s3_environment(port: int, host: str = "127.0.0.1") -> dict[str, str]:
     """For whoever may read and write the S3 server of `s3.server`."""
     return {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": s3.KEY,
-        "AWS_SECRET_ACCESS_KEY": s3.SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": "/nonexistent",
-        "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
+        **s3.environment(port, key=s3.KEY, secret=s3.SECRET, host=host),
         # rclone's server answers ranged reads with checksums that boto3 does not expect.
         "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
         "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",

@@ -358,17 +358,22 @@ RAY = (
 RAY_OPEN = ("/", "/api/gcs_healthz")
 
 
+def let_in(server: str, endpoints: Mapping[str, Any], **options: Any) -> dict[str, int]:
+    """The endpoints, each with its body, that answered something else than 401 and 403, and what."""
+    answers = {}
+    for endpoint, body in endpoints.items():
+        method, path = endpoint.split(" ")
+        answers[endpoint] = requests.request(
+            method, server + path, json=body, allow_redirects=False, **options
+        ).status_code
+    return {endpoint: code for endpoint, code in answers.items() if code not in (401, 403)}
+
+
 @pytest.mark.parametrize("token", [None, "0" * 64, ""], ids=["without", "wrong", "empty"])
 def test_ray_answers_nobody_without_the_token(world: World, token: str | None) -> None:
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     body = {"entrypoint": f"touch {world.root}/ran", "submission_id": "x"}
-    answers = {}
-    for endpoint in RAY:
-        method, path = endpoint.split(" ")
-        answers[endpoint] = requests.request(
-            method, world.ray.dashboard + path, headers=headers, json=body, timeout=30, allow_redirects=False
-        ).status_code
-    assert {endpoint: code for endpoint, code in answers.items() if code not in (401, 403)} == {}
+    assert let_in(world.ray.dashboard, dict.fromkeys(RAY, body), headers=headers, timeout=30) == {}
     for path in RAY_OPEN:
         assert requests.get(world.ray.dashboard + path, headers=headers, timeout=30).status_code == 200
     assert not (world.root / "ran").exists()
@@ -426,13 +431,7 @@ MLFLOW_OPEN = ("/health",)
     ids=["without", "wrong", "stranger", "empty"],
 )
 def test_mlflow_answers_nobody_without_a_password(world: World, auth: tuple[str, str] | None) -> None:
-    answers = {}
-    for endpoint, body in MLFLOW.items():
-        method, path = endpoint.split(" ")
-        answers[endpoint] = requests.request(
-            method, world.mlflow.uri + path, json=body, auth=auth, timeout=60, allow_redirects=False
-        ).status_code
-    assert {endpoint: code for endpoint, code in answers.items() if code not in (401, 403)} == {}
+    assert let_in(world.mlflow.uri, MLFLOW, auth=auth, timeout=60) == {}
     for path in MLFLOW_OPEN:
         assert requests.get(world.mlflow.uri + path, timeout=30).status_code == 200
 

@@ -15,7 +15,6 @@ import servers
 from darkmatter import jobs, params
 
 ROOT = Path(__file__).parent.parent
-IDENTITY = {f"GIT_{who}_{what}": "n@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
 STAGES = """
 stages:
@@ -132,7 +131,7 @@ class Toy:
         return self._git("log", "--format=%s", "runs/nightly", folder=self.origin).splitlines()
 
     def _git(self, *arguments: str, folder: Path | None = None) -> str:
-        environment = {**servers.CLEAN, **IDENTITY}
+        environment = {**servers.CLEAN, **servers.IDENTITY}
         done = subprocess.run(
             ["git", *arguments], cwd=folder or self.work, env=environment, capture_output=True, text=True, check=True
         )

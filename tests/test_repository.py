@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import importlib.util
 import json
 import pkgutil
 import re
@@ -14,6 +13,7 @@ import pytest
 import yaml
 
 import darkmatter
+from conftest import script
 from darkmatter import lineage, params, plugin
 
 ROOT = Path(__file__).parent.parent
@@ -171,12 +171,7 @@ def test_every_option_is_explained_where_it_stands() -> None:
 
 
 def test_page_of_params_is_not_stale() -> None:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
-    assert generate.page() == (ROOT / "docs" / "params.md").read_text(), "run `make docs`"
+    assert script("docs/generate.py").page() == (ROOT / "docs" / "params.md").read_text(), "run `make docs`"
 
 
 @pytest.mark.parametrize("folder", PLUGIN_FOLDERS)

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import importlib.util
 import re
 import subprocess
 import sys
@@ -12,17 +11,14 @@ from types import ModuleType
 
 import pytest
 
+from conftest import script
+
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def supply() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("supply", ROOT / "docs" / "supply.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+    return script("docs/supply.py")
 
 
 def test_every_copyleft_or_unsaid_licence_has_a_reason(supply: ModuleType) -> None:

@@ -10,7 +10,6 @@ import itertools
 import logging
 import os
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -139,8 +138,8 @@ def _attached_or_started() -> Iterator[None]:
     else:
         # The dashboard process answers Train's cleaner; without it that warns every second (measured with 2.60).
         # Its folders are open to all users of the machine, and code lies in them: they are inside one that is not.
-        folder = files.private_folder(Path(tempfile.gettempdir()) / f"darkmatter-{os.getuid()}")
-        options: dict[str, Any] = {"include_dashboard": True, "log_to_driver": True, "_temp_dir": f"{folder}/ray"}
+        options: dict[str, Any] = {"include_dashboard": True, "log_to_driver": True}
+        options["_temp_dir"] = str(files.own_temporary() / "ray")
         ray.init(address="local", logging_level=logging.WARNING, **options)
     try:
         yield

@@ -12,6 +12,8 @@ from darkmatter.redact import Redacting, redact
 
 #: Names a file, for who runs stages through DVC, which keeps neither status nor message: {"stage", "status", "message"}.
 ENDING = "DARKMATTER_ENDING"
+TRY_AGAIN = os.EX_TEMPFAIL
+"""Exit status, 75, of what was asked to stop and would go on."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -34,7 +36,7 @@ def run(stage: Callable[[], None]) -> None:
     try:
         stage()
     except Preempted as error:
-        _end(str(error), status=75)
+        _end(str(error), status=TRY_AGAIN)
     except (ValueError, Stopped) as error:  # ParamsError is one; for our own mistakes there is assert
         _end(str(error))
     except Exception as error:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +86,11 @@ def private_folder(path: str | Path) -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ValueError(f"{path} is not a folder of yours alone; remove it, or set TMPDIR to another place")
     return path
+
+
+def own_temporary() -> Path:
+    """This user's private folder among the machine's temporary ones; raises as `private_folder`."""
+    return private_folder(Path(tempfile.gettempdir()) / f"darkmatter-{os.getuid()}")
 
 
 def sha256(path: str | Path) -> str:

@@ -31,18 +31,17 @@ WEBHOOK = "DARKMATTER_WEBHOOK"
 
 Kind = Literal["champion", "candidate", "refused", "nothing new", "busy", "stopped", "failed"]
 
-#: Exit status by outcome. 75 asks for another try (EX_TEMPFAIL of sysexits.h).
+#: Exit status by outcome.
 STATUS: Mapping[Kind, int] = {
     "champion": 0,
     "candidate": 0,
     "nothing new": 0,
     "refused": 3,
-    "busy": 75,
-    "stopped": 75,
+    "busy": console.TRY_AGAIN,
+    "stopped": console.TRY_AGAIN,
     "failed": 1,
 }
 
-_PREEMPTED = 75
 _RETURNED = ("dvc.lock", "metrics")  # to the branch
 _GROWING = {"ingest": "data/shards", "augment": "data/train"}  # stages that add to their last output
 _WAIT = 10.0
@@ -202,7 +201,7 @@ class _Job:
         common: dict[str, Any] = {"repository": redact(self.repository), "ingested": self._metrics("ingest")}
         if status:
             ended = json.loads(self.ending.read_text()) if self.ending.exists() else {}
-            if self.asked_to_stop or ended.get("status") == _PREEMPTED:
+            if self.asked_to_stop or ended.get("status") == console.TRY_AGAIN:
                 reason = ended.get("message") or "asked to stop; what was done is kept"
                 return Outcome(kind="stopped", reason=reason, **common)
             reason = f"{ended['stage']}: {ended['message']}" if ended else "a stage ended without a word; see the log"

@@ -171,11 +171,11 @@ def _hold(
     for option in more:
         if option.partition("=")[0] in _OURS:
             raise ValueError(f"{option} behind -- is not for you to set; see python -m darkmatter.launch --help")
-    # Ray opens its folders to all users of the machine, and the code of jobs lies in them.
-    folder = files.private_folder(Path(tempfile.gettempdir()) / f"darkmatter-{os.getuid()}")
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats"]
+    # Ray opens its folders to all users of the machine, and the code of jobs lies in them.
+    command.append(f"--temp-dir={files.own_temporary() / 'ray'}")
     # A fixed port for the agent would keep a second Ray from this machine.
-    command += [f"--temp-dir={folder}/ray", "--dashboard-agent-listen-port=0", *options, *more]
+    command += ["--dashboard-agent-listen-port=0", *options, *more]
     with tempfile.TemporaryFile() as log, _asked_to_stop() as asked:
         ray = subprocess.Popen(
             command,

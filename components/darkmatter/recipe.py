@@ -59,5 +59,5 @@ def check(tree: Mapping[str, Mapping[str, Any]]) -> None:
         raise ParamsError(
             f"augment.views.{name}.local_views: objective {tree['objective']['name']} takes whole views only; set it to 0"
         )
-    for view in views.plan(0)[:1]:
-        objective.backbone.probe(view.size)
+    if views.num_local_views:
+        objective.backbone.probe(views.plan(0)[0].size)

@@ -26,7 +26,6 @@ pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parent.parent.parent
 BRANCH = "runs/nightly"
-IDENTITY = {f"GIT_{who}_{what}": "n@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
 
 class Webhook:
@@ -141,7 +140,7 @@ class World:
             tree[name] |= changes
         (work / "params.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
         for command in ("commit -qam change", f"push -q {self.repository} main"):
-            subprocess.run(["git", *command.split()], cwd=work, env={**os.environ, **IDENTITY}, check=True)
+            subprocess.run(["git", *command.split()], cwd=work, env={**os.environ, **servers.IDENTITY}, check=True)
 
     def _git(self, *arguments: str) -> str:
         command = ["git", "-C", str(self.repository), *arguments]
@@ -202,7 +201,7 @@ def _make_repository(world: World) -> None:
         )
     )
     for command in ("init -q -b main", "add -A", "commit -qm start", f"clone -q --bare . {world.repository}"):
-        subprocess.run(["git", *command.split()], cwd=work, env={**os.environ, **IDENTITY}, check=True)
+        subprocess.run(["git", *command.split()], cwd=work, env={**os.environ, **servers.IDENTITY}, check=True)
 
 
 def test_night_1_trains_from_nothing_and_promotes(world: World) -> None:

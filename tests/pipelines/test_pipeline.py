@@ -20,13 +20,9 @@ from conftest import copy_repository
 from darkmatter import files, model
 from darkmatter.registry import register, reproduce
 from darkmatter.training.history import read as read_history
+from servers import CLEAN
 
 ROOT = Path(__file__).parent.parent.parent
-BIN = Path(sys.executable).parent
-ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "DVC_", "GIT_"))},
-    "PATH": f"{BIN}:{os.environ['PATH']}",
-}
 
 
 class Repository:
@@ -34,7 +30,7 @@ class Repository:
         self.folder = folder
 
     def run(self, *command: str, fails: bool = False) -> str:
-        done = subprocess.run(command, cwd=self.folder, env=ENVIRONMENT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=self.folder, env=CLEAN, capture_output=True, text=True)
         assert (done.returncode != 0) is fails, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -90,7 +86,7 @@ def test_killed_in_the_middle_of_pretraining_it_goes_on(repository: Repository) 
     """SIGKILL to the whole process group of `dvc repro`."""
     with (repository.folder.parent / "log").open("w") as log:
         process = subprocess.Popen(
-            ["dvc", "repro"], cwd=repository.folder, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
+            ["dvc", "repro"], cwd=repository.folder, env=CLEAN, stdout=log, stderr=log, start_new_session=True
         )
         reached = 0
         while process.poll() is None and reached < 35:
@@ -282,7 +278,7 @@ def test_a_commit_that_is_not_here_is_said_before_anything_is_done(repository: R
     other.change(place={"mlflow": f"sqlite:///{repository.folder}/mlflow.db"})
     other.run("git", "init", "-q")
     command = [sys.executable, "-m", "darkmatter.registry", "reproduce", "1", "--folder", "rebuilt"]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=CLEAN, capture_output=True, text=True)
     assert done.returncode == 2
     assert "is not in this repository; fetch it (git fetch origin " in done.stderr
     assert "Traceback" not in done.stderr

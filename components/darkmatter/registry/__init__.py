@@ -32,6 +32,9 @@ from darkmatter import tracking
 from darkmatter.params import Config
 from darkmatter.registry import seal
 
+INSIDE = Path("artifacts", "version")
+"""Of a version's folder: where package.py puts what is ours."""
+
 
 class CardConfig(Config):
     """What only a person can say of a model. An empty one is refused by the gate, not by `check`."""
@@ -216,7 +219,7 @@ def model_folder(address: str) -> Iterator[Path | None]:
         return
     with tempfile.TemporaryDirectory(prefix="darkmatter-") as scratch:
         fetch(address, Path(scratch, "version"))
-        yield Path(scratch, "version", "artifacts", "version", "model")
+        yield Path(scratch, "version") / INSIDE / "model"
 
 
 def record_of(name: str, version: str, file: str) -> bytes:
@@ -229,7 +232,7 @@ def record_of(name: str, version: str, file: str) -> bytes:
 
     stored = mlflow.MlflowClient().get_model_version_download_uri(name, version)
     with tempfile.TemporaryDirectory() as scratch:
-        uri = f"{stored.rstrip('/')}/artifacts/version/records/{file}"
+        uri = f"{stored.rstrip('/')}/{INSIDE}/records/{file}"
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=scratch)).read_bytes()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from darkmatter import files, lineage, model, tracking
-from darkmatter.registry import RegisterConfig, aliases, champion, find, gate, package, record_of, seal
+from darkmatter.registry import INSIDE, RegisterConfig, aliases, champion, find, gate, package, record_of, seal
 
 Decision = dict[str, Any]
 
@@ -181,7 +181,7 @@ def _publish(
         "seed": str(origin["seed"]),
         **{name.replace(".", "_"): origin[f"{name}_sha256"] for name in gate.RECORDS},
     }
-    inside = folder / "artifacts" / "version"
+    inside = folder / INSIDE
     client = mlflow.MlflowClient()
     record = tracking.begin(client, origin["fingerprint"], made_of.spec.objective["name"])  # pretraining has begun it
     with mlflow.start_run(run_id=record):

@@ -56,7 +56,7 @@ class Origin:
 
     @classmethod
     def read(cls, version: Path) -> "Origin":
-        inside = version / "artifacts" / "version"
+        inside = version / registry.INSIDE
         records = inside / "records"
         return cls(
             inside=inside,
@@ -249,7 +249,7 @@ def _fetch_start(name: str, origin: Origin, folder: Path) -> Path | None:
     if found is None:
         raise NotReproduced(f"it was trained on from model {digest[:12]}, which no version of {name} is")
     registry.fetch(f"models:/{name}/{found.version}", folder / "start")
-    return folder / "start" / "artifacts" / "version" / "model"
+    return folder / "start" / registry.INSIDE / "model"
 
 
 def _clone(origin: Origin, top: Path, place: Mapping[str, Any], folder: Path, *, start: Path | None) -> Path:
