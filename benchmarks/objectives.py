@@ -59,7 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ibot": _PROTOTYPES,
     "ijepa": {"predictor_width": 64, "predictor_depth": 2, "momentum": 0.98},
     "lejepa": {"projector": [256, 64]},
-    "mae": {"decoder_width": 64, "decoder_depth": 1},
+    "mae": {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 4},
     "moco": {"projector": [256, 64], "queue": 2048, "momentum": 0.95},
     "npid": {"features": 64, "negatives": 0, "temperature": 0.1},
     "pirl": {"grid": 2, "features": 64, "negatives": 512, "temperature": 0.2, "momentum": 0.9},
@@ -201,8 +201,6 @@ def measure(name: str, data: str, folder: Path, args: argparse.Namespace) -> Non
     """All seeds of one method; prints a row for each seed and side."""
     torch.set_num_threads(args.threads)
     spec = specification(name, data, folder, args.width)
-    if args.vit:
-        spec = spec.model_copy(update={"objective": {"name": name, name: {**OPTIONS[name], "decoder_heads": 4}}})
     policy = training_set.choose_views(spec.views, spec.images)
     contents = training_set.held_out(folder / "train", HELD_OUT)
     held_out = policy(contents, np.arange(len(contents)), seed=0, epoch=-1)

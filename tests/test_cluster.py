@@ -1,10 +1,13 @@
 import os
+import resource
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from darkmatter import cluster
 
@@ -65,14 +68,33 @@ def test_without_the_token_nobody_gets_in(ray_session: None) -> None:
     assert "Auth" in run.stderr
 
 
-@pytest.mark.parametrize(
-    ("change", "kind"), [({"workers": 999}, "1998 CPUs"), ({"workers": 999, "gpu": True}, "999 GPUs")]
-)
-def test_more_than_the_machine_has_is_refused_and_not_waited_for(change: dict, kind: str, ray_session: None) -> None:
-    values = {"workers": 1, "cpus_per_worker": 2, "gpu": False, "compile": False,
+def make_place(**changes: Any) -> cluster.PlaceConfig:
+    values = {"workers": 1, "cpus_per_worker": 1, "gpu": False, "compile": False,
               "activation_checkpointing": False, "fsdp": False, "storage": "s", "mlflow": "m", "max_restarts": 0,
               "stall_seconds": 60.0, "keep_checkpoints": 2, "data": "", "cache": "c", "cache_gibibytes": 1.0,
               "features": "f", "dvc": "", "signing_key": ""}  # fmt: skip
-    place = cluster.PlaceConfig(**{**values, **change})
+    return cluster.PlaceConfig(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [({"workers": 999, "cpus_per_worker": 2}, "1998 CPUs"), ({"workers": 999, "gpu": True}, "999 GPUs")],
+)
+def test_more_than_the_machine_has_is_refused_and_not_waited_for(change: dict, kind: str, ray_session: None) -> None:
     with pytest.raises(ValueError, match=f"place asks for {kind}"):
-        cluster.train(lambda job, device: None, {}, place, name="never")
+        cluster.train(lambda job, device: None, {}, make_place(**change), name="never")
+
+
+def test_a_worker_keeps_the_memory_of_one_step_for_the_next(tmp_path: Path, ray_session: None) -> None:
+    def work(job: dict[str, Any], device: torch.device) -> None:
+        def step() -> None:
+            torch.empty(16, 2**20).fill_(0.0)  # 64 MiB, 16,384 pages
+
+        step()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            step()
+        (tmp_path / "faults").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+
+    cluster.train(work, {}, make_place(storage=str(tmp_path / "storage")), name="faults")
+    assert int((tmp_path / "faults").read_text()) < 1000

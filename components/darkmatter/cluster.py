@@ -245,6 +245,17 @@ def gauges(described: Mapping[str, str], labels: Mapping[str, str]) -> Callable[
     return show
 
 
+#: Environment of a process that trains on CPUs: glibc keeps the memory that a step has freed for the next one, which asks
+#: for the same. By itself it gives large pieces back to the system, which fills them with zeros again (man page
+#: mallopt(3)). Steps of MAE on a ViT-tiny and of SimCLR on small_conv took 0.85 of the time, ResNet-18's 0.95, for up to 5%
+#: more memory (measured). One arena for all threads, since the one that trains would get its own, with limits of its own.
+MALLOC: Mapping[str, str] = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**36),
+    "MALLOC_ARENA_MAX": "1",
+}
+
+
 class WorkersFailed(RuntimeError):
     """Distributed training ended with a failure of one or more workers; the message says which and why."""
 
@@ -290,6 +301,7 @@ def train(function: Callable[..., None], job: dict[str, Any], place: PlaceConfig
                 name=name,
                 storage_path=storage,
                 storage_filesystem=filesystem,
+                worker_runtime_env={} if place.gpu else {"env_vars": dict(MALLOC)},
                 # Of groups that do not start: a cluster that may grow is waited for, this machine will not grow.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=-1 if attached() else 2),
             ),
