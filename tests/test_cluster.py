@@ -90,11 +90,12 @@ def test_a_worker_keeps_the_memory_of_one_step_for_the_next(tmp_path: Path, ray_
         def step() -> None:
             torch.empty(16, 2**20).fill_(0.0)  # 64 MiB, 16,384 pages
 
-        step()
+        for _ in range(10):
+            step()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(4):
             step()
         (tmp_path / "faults").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
 
     cluster.train(work, {}, make_place(storage=str(tmp_path / "storage")), name="faults")
-    assert int((tmp_path / "faults").read_text()) < 1000
+    assert int((tmp_path / "faults").read_text()) < 16_384
