@@ -258,8 +258,9 @@ def put_row(row: str, what: tuple[str, str, str], rounds: int) -> None:
         f"`make bench-training`, torch {torch.__version__}, two cores and threads: batches of {BATCH}, views of {SIZE} "
         f"pixels (small ones of {LOCAL}), float32, AdamW, lightly 1.6.0; medians of {rounds} rounds in turns, "
         f"each of {COUNTED} steps. `memory`: the same views at every step, so the arithmetic alone; `shards`: from JPEGs "
-        "of at most 128 pixels, ours in tars, lightly's in files read by two loader processes. MiB: of all processes of a "
-        "side, what they share counted once."
+        "of at most 128 pixels, ours in tars, lightly's in files read by two loader processes. Our process has the "
+        "environment of our workers, where malloc keeps memory (`cluster.MALLOC`; DECISIONS.md says what that brings). MiB: "
+        "of all processes of a side, what they share counted once, in an unmeasured turn before."
     )
     replace_section(PAGE, _STEP_TITLE, [about, "", *_STEP_HEAD, *rows.values()])
 
