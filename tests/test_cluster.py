@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from darkmatter import cluster
 
+ROOT = Path(__file__).parent.parent
 SCRIPT = """
 from darkmatter import cluster
 with cluster.session():
@@ -69,11 +71,9 @@ def test_without_the_token_nobody_gets_in(ray_session: None) -> None:
 
 
 def make_place(**changes: Any) -> cluster.PlaceConfig:
-    values = {"workers": 1, "cpus_per_worker": 1, "gpu": False, "compile": False,
-              "activation_checkpointing": False, "fsdp": False, "storage": "s", "mlflow": "m", "max_restarts": 0,
-              "stall_seconds": 60.0, "keep_checkpoints": 2, "data": "", "cache": "c", "cache_gibibytes": 1.0,
-              "features": "f", "dvc": "", "signing_key": ""}  # fmt: skip
-    return cluster.PlaceConfig(**{**values, **changes})
+    """As in params.yaml, but for the changes."""
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())["place"]
+    return cluster.PlaceConfig(**{**values, "workers": 1, "cpus_per_worker": 1, "gpu": False, **changes})
 
 
 @pytest.mark.parametrize(
